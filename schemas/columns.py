@@ -1,0 +1,27 @@
+"""The contract of ``/columns``: one row per atomic column and frame, contiguous ragged over time."""
+
+from __future__ import annotations
+
+from schemas.conventions import ANGSTROM, DIMENSIONLESS, ELECTRON
+from schemas.variables import Schema, Variable
+
+_ROW = ("column",)
+
+COLUMNS = Schema(
+    group="/columns",
+    row="column",
+    variables=(
+        Variable("frame", _ROW, "int32", DIMENSIONLESS, "index of the frame along time"),
+        Variable("y", _ROW, "float64", ANGSTROM, "position down, in the specimen frame (drift removed)"),
+        Variable("x", _ROW, "float64", ANGSTROM, "position across, in the specimen frame (drift removed)"),
+        Variable("y_err", _ROW, "float32", ANGSTROM, "standard error of y within the frame (drift error not included)"),
+        Variable("x_err", _ROW, "float32", ANGSTROM, "standard error of x within the frame (drift error not included)"),
+        Variable("intensity", _ROW, "float32", ELECTRON, "electrons in the peak above background; < 0 for dark atoms"),
+        Variable("intensity_err", _ROW, "float32", ELECTRON, "standard error of intensity"),
+        Variable("background", _ROW, "float32", ELECTRON, "electrons per pixel under the peak"),
+        Variable("significance", _ROW, "float32", DIMENSIONLESS, "peak against no peak in the counts, in sigma"),
+        Variable("probability", _ROW, "float32", DIMENSIONLESS, "probability of a column given by the network"),
+        Variable("species", _ROW, "string", "", "atomic species of the column; 'unknown' without a species model"),
+        Variable("species_probability", _ROW, "float32", DIMENSIONLESS, "probability of that species"),
+    ),
+)

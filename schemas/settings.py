@@ -1,0 +1,175 @@
+"""The job: everything a user can set, with its default, unit and meaning. All scientific defaults live here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def _check_region(region: tuple[int, int, int, int] | None) -> tuple[int, int, int, int] | None:
+    if region is not None:
+        y0, y1, x0, x1 = region
+        if not (0 <= y0 < y1 and 0 <= x0 < x1):
+            raise ValueError(f"region {list(region)} is empty; expected [y0, y1, x0, x1] in pixels with y0 < y1, x0 < x1")
+    return region
+
+
+def _check_frames(frames: tuple[int, int] | None) -> tuple[int, int] | None:
+    if frames is not None and not 0 <= frames[0] < frames[1]:
+        raise ValueError(f"frames {list(frames)} is empty; expected [first, end) with 0 <= first < end")
+    return frames
+
+
+class Source(Section):
+    """What the files do not say, or say wrongly, and which part of them to use."""
+
+    sampling: Positive | None = Field(None, description="Å per pixel; overrides the file")
+    frame_interval: Positive | None = Field(None, description="seconds between frames; overrides the file")
+    energy: Positive | None = Field(None, description="beam energy in keV; overrides the file")
+    mode: Literal["hrtem", "haadf"] = Field("hrtem", description="imaging mode: hrtem or haadf")
+    counts_per_electron: Positive | None = Field(
+        None, description="detector counts per electron; fitted from the noise when absent, and dose is then left out"
+    )
+    defocus: tuple[float, ...] | None = Field(
+        None, description="defoci in Å (> 0: underfocus) of a focal series whose frames follow each other"
+    )
+    defocus_plane: Annotated[int, Field(ge=0)] = Field(0, description="plane of a focal series that is processed")
+    dataset: str | None = Field(None, description="path of the array inside an HDF5 or Zarr source")
+    frames: Annotated[tuple[int, int] | None, AfterValidator(_check_frames)] = Field(
+        None, description="[first, end): use only these frames, for a quick look"
+    )
+    region: Annotated[tuple[int, int, int, int] | None, AfterValidator(_check_region)] = Field(
+        None, description="[y0, y1, x0, x1] in detector pixels: use only this region"
+    )
+    binning: Count = Field(1, description="sum n x n pixels into one")
+    on_error: Literal["stop", "quarantine"] = Field(
+        "stop", description="a damaged file: stop (the file is refused) or quarantine (its good frames are kept)"
+    )
+
+
+class Stacks(Section):
+    """The chunked copy of the movie that everything else reads."""
+
+    keep: bool = Field(True, description="keep FOLDER/stacks/<movie>.zarr after success")
+    shard_megabytes: Positive = Field(64.0, description="uncompressed size of one shard, one file on disk")
+
+
+class Blocks(Section):
+    """How a movie is cut into tasks; never changes a result."""
+
+    frames: Count = Field(16, description="frames that one task owns")
+
+
+class Detector(Section):
+    """From counts to electrons."""
+
+    dark: Path | None = Field(None, description="dark reference, one image file of the detector's shape")
+    gain: Path | None = Field(None, description="gain reference (multiplied), one image file of the detector's shape")
+    bad_pixels: bool = Field(True, description="find hot and dead pixels in the data and repair them")
+    bad_pixel_threshold: Positive = Field(6.0, description="how far outside, in sigma, a bad pixel lies")
+    saturation: Positive | None = Field(None, description="counts at which the detector saturates; default: its dtype")
+    max_saturated_fraction: Probability = Field(0.05, description="a frame with more saturated pixels is dropped")
+    sample_frames: Count = Field(64, description="frames, spread over the movie, that bad pixels and noise come from")
+
+
+class Drift(Section):
+    """How the specimen moved."""
+
+    correct: bool = Field(True, description="estimate drift; false: the specimen is taken to be still")
+    lags: tuple[Count, ...] = Field((1, 2, 4, 8), description="frames apart of the pairs that are compared")
+
+
+class Denoise(Section):
+    """Self-supervised blind-spot denoising over neighbouring frames."""
+
+    network: Literal["blindspot", "wcvd", "none"] = Field("blindspot", description="architecture; none: no denoising")
+    weights: str = Field(
+        "adapt", description="pretrained | adapt (to each movie, from pretrained) | scratch | path of a safetensors file"
+    )
+    steps: Count = Field(1500, description="training steps of adapt and scratch")
+    seed: int = Field(0, description="seed of the training")
+    sample_frames: Count = Field(64, description="frames of the movie that adaptation may read")
+
+
+class Lowpass(Section):
+    """Filter after denoising."""
+
+    cutoff: Positive | None = Field(None, description="cut-off in 1/Å; none: no filter")
+
+
+class Segment(Section):
+    """Where the network sees atomic columns."""
+
+    model: str = Field("columns", description="name of shipped weights or path of a safetensors file")
+    contrast: Literal["auto", "bright", "dark"] = Field(
+        "auto", description="atoms bright or dark; auto: bright in haadf, voted by the network over the movie in hrtem"
+    )
+    window: Count | None = Field(512, description="edge of a window in pixels of the network; none: the whole frame")
+
+
+class Columns(Section):
+    """Atomic columns and their positions."""
+
+    threshold: Probability = Field(0.5, description="least probability of a column")
+    min_distance: Positive = Field(1.0, description="least distance of two columns in Å")
+
+
+class Species(Section):
+    """What the columns are made of."""
+
+    model: str | None = Field(None, description="name of a species model; none: every column is 'unknown'")
+
+
+class Images(Section):
+    """Pixels kept beside the numbers."""
+
+    save: tuple[Literal["denoised", "probability"], ...] = Field((), description="images to keep: denoised, probability")
+
+
+class Settings(Section):
+    """All science settings of one movie, resolved."""
+
+    source: Source = Source()
+    stacks: Stacks = Stacks()
+    blocks: Blocks = Blocks()
+    detector: Detector = Detector()
+    drift: Drift = Drift()
+    denoise: Denoise = Denoise()
+    lowpass: Lowpass = Lowpass()
+    segment: Segment = Segment()
+    columns: Columns = Columns()
+    species: Species = Species()
+    images: Images = Images()
+
+
+class MovieEntry(Section):
+    """One or several movies with settings of their own."""
+
+    source: str | tuple[str, ...] = Field(description="file, folder or glob")
+    name: str | None = Field(None, description="name of the movie in the output folder")
+    set: dict[str, Any] = Field(default_factory=dict, description="settings that differ for this movie, section.key")
+
+
+class Job(Settings):
+    """A job file: movies, the folder for their runs, and settings common to all."""
+
+    movies: tuple[MovieEntry, ...] = Field(description="what to process")
+    output: Path = Field(description="folder of the runs")
+
+    @model_validator(mode="after")
+    def _some_movie(self) -> Job:
+        if not self.movies:
+            raise ValueError("movies is empty; expected at least one entry such as `- source: movie.tif`")
+        return self
