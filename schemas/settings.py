@@ -22,7 +22,9 @@ def _check_region(region: tuple[int, int, int, int] | None) -> tuple[int, int, i
     if region is not None:
         y0, y1, x0, x1 = region
         if not (0 <= y0 < y1 and 0 <= x0 < x1):
-            raise ValueError(f"region {list(region)} is empty; expected [y0, y1, x0, x1] in pixels with y0 < y1, x0 < x1")
+            raise ValueError(
+                f"region {list(region)} is empty; expected [y0, y1, x0, x1] in pixels with y0 < y1, x0 < x1"
+            )
     return region
 
 
@@ -96,7 +98,8 @@ class Denoise(Section):
 
     network: Literal["blindspot", "wcvd", "none"] = Field("blindspot", description="architecture; none: no denoising")
     weights: str = Field(
-        "adapt", description="pretrained | adapt (to each movie, from pretrained) | scratch | path of a safetensors file"
+        "adapt",
+        description="pretrained | adapt (to each movie, from pretrained) | scratch | path of a safetensors file",
     )
     steps: Count = Field(1500, description="training steps of adapt and scratch")
     seed: int = Field(0, description="seed of the training")
@@ -135,7 +138,9 @@ class Species(Section):
 class Images(Section):
     """Pixels kept beside the numbers."""
 
-    save: tuple[Literal["denoised", "probability"], ...] = Field((), description="images to keep: denoised, probability")
+    save: tuple[Literal["denoised", "probability"], ...] = Field(
+        (), description="images to keep: denoised, probability"
+    )
 
 
 class Settings(Section):

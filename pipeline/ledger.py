@@ -1,0 +1,182 @@
+"""What is done, with which settings, on which device: immutable batches of records, written by one driver at a time.
+
+A ledger is a folder of JSON-lines files. A file is written once, under a temporary name, and renamed; nothing is ever
+changed or appended. A lease file names the driver that may write. It survives the driver's SIGKILL: a new driver
+takes it over once the old one is seen dead on the same host, or silent for too long on another, and the old one, if
+it should wake up again, finds another token in it and stops.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.parts import replace_atomically
+from schemas.errors import ResourceError
+
+HEARTBEAT = 10.0  # s
+SILENCE = 90.0  # s without a heartbeat after which a driver on another host counts as dead
+FLUSH_RECORDS = 64
+FLUSH_SECONDS = 2.0
+
+
+def now() -> str:
+    """Time of a record, UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class Lease:
+    """The right to write below a folder, held by one driver at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "lease.json"
+        self.token = uuid.uuid4().hex
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="lease")
+
+    def __enter__(self) -> Lease:
+        holder = self.holder()
+        if holder is not None and is_alive(holder):
+            raise ResourceError(
+                f"{self.path.parent} is in use by process {holder['pid']} on {holder['host']} (last sign of life "
+                f"{time.time() - holder['heartbeat']:.0f} s ago); wait for it or stop it, then run the same command again"
+            )
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self.is_ours():
+            self.path.unlink(missing_ok=True)
+
+    def holder(self) -> dict[str, Any] | None:
+        """What the lease file says, or None."""
+        try:
+            value: dict[str, Any] = json.loads(self.path.read_text())
+            return value
+        except (OSError, ValueError):
+            return None
+
+    def is_ours(self) -> bool:
+        """Whether nobody has taken the lease over."""
+        holder = self.holder()
+        return holder is not None and holder["token"] == self.token
+
+    def require(self) -> None:
+        """Stop a driver that was declared dead and has been replaced."""
+        if not self.is_ours():
+            raise ResourceError(f"another driver took over {self.path.parent}; this one stops and writes nothing more")
+
+    def _write(self) -> None:
+        record = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": psutil.Process().create_time(),
+            "token": self.token,
+            "heartbeat": time.time(),
+        }
+        replace_atomically(self.path, json.dumps(record).encode())
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT):
+            if not self.is_ours():
+                return
+            self._write()
+
+
+def is_alive(holder: Mapping[str, Any]) -> bool:
+    """Whether the driver that a lease names still lives: by its process here, by its heartbeat elsewhere."""
+    if holder["host"] == socket.gethostname():
+        try:
+            return abs(psutil.Process(holder["pid"]).create_time() - holder["started"]) < 1.0
+        except psutil.NoSuchProcess:
+            return False
+    return bool(time.time() - holder["heartbeat"] < SILENCE)
+
+
+def read_records(folder: Path) -> Iterator[dict[str, Any]]:
+    """All records of a movie's ledger, oldest first."""
+    for file in sorted(folder.glob("*.jsonl")):
+        with file.open() as lines:
+            for line in lines:
+                yield json.loads(line)
+
+
+Block = tuple[str, int, int]
+"""(step, first frame, end frame)."""
+
+
+@dataclass
+class Ledger:
+    """The records of one movie: read once, then written in batches."""
+
+    folder: Path
+    lease: Lease | None = None
+    _known: dict[Block, tuple[str, str, str]] = field(default_factory=dict)
+    _deps: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+    _pending: list[dict[str, Any]] = field(default_factory=list)
+    _flushed: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._number = 0
+        for record in read_records(self.folder):
+            self._remember(record)
+        for file in self.folder.glob("*.jsonl"):
+            self._number = max(self._number, int(file.name.split("-")[0]) + 1)
+
+    def _remember(self, record: Mapping[str, Any]) -> None:
+        if record["kind"] == "block":
+            key = (record["step"], record["start"], record["stop"])
+            self._known[key] = (record["fingerprint"], record["status"], record.get("reason", ""))
+        elif record["kind"] == "deps":
+            self._deps[record["step"]] = (record["fingerprint"], record["deps"])
+        elif record["kind"] == "redo":
+            for key in [key for key in self._known if key[0] in record["steps"]]:
+                del self._known[key]
+
+    def state(self, step: str, start: int, stop: int) -> tuple[str, str, str] | None:
+        """(fingerprint, status, reason) of the newest record of a block, or None."""
+        return self._known.get((step, start, stop))
+
+    def is_done(self, step: str, start: int, stop: int, fingerprint: str) -> bool:
+        """Whether the block was finished with this fingerprint."""
+        known = self.state(step, start, stop)
+        return known is not None and known[:2] == (fingerprint, "done")
+
+    def last_deps(self, step: str) -> tuple[str, dict[str, Any]] | None:
+        """Fingerprint of a step when it last ran, and what it depended on."""
+        return self._deps.get(step)
+
+    def add(self, kind: str, **record: Any) -> None:
+        """Add a record; it reaches the disk with its batch."""
+        full = {"kind": kind, **record, "time": now()}
+        self._remember(full)
+        self._pending.append(full)
+        if len(self._pending) >= FLUSH_RECORDS or time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending as one immutable file."""
+        self._flushed = time.monotonic()
+        if not self._pending:
+            return
+        if self.lease is not None:
+            self.lease.require()
+        data = "".join(json.dumps(record) + "\n" for record in self._pending)
+        token = self.lease.token[:8] if self.lease else "none"
+        replace_atomically(self.folder / f"{self._number:08d}-{token}.jsonl", data.encode())
+        self._number += 1
+        self._pending.clear()

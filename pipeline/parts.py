@@ -1,0 +1,72 @@
+"""Part files: what one block found, written whole or not at all, each naming the fingerprint that it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_META = "__meta__"
+
+
+def part_path(folder: Path, step: str, start: int, stop: int, fingerprint: str) -> Path:
+    """Where the part of frames [start, stop) lies; the name carries the fingerprint, so stale parts are never read."""
+    return folder / f"{step}-{start:09d}-{stop:09d}-{fingerprint[:16]}.npz"
+
+
+def replace_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees all of it or the old one, also after the machine lost power."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def write_part(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+    """Write arrays and a JSON record as one file; its appearance under ``path`` is what makes a block finished."""
+    import io
+
+    buffer = io.BytesIO()
+    text = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
+    np.savez(buffer, allow_pickle=False, **{_META: text}, **arrays)
+    replace_atomically(path, buffer.getvalue())
+
+
+def read_part(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and record of a part; the archive's CRCs are checked on the way."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files if name != _META}
+        meta: dict[str, Any] = json.loads(bytes(file[_META]))
+    return arrays, meta
+
+
+def read_meta(path: Path) -> dict[str, Any] | None:
+    """The record of a part alone, or None where there is no readable part."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            meta: dict[str, Any] = json.loads(bytes(file[_META]))
+            return meta
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def sweep(folder: Path) -> int:
+    """Remove what writers that were killed left behind; call only while no writer is alive. Returns how many."""
+    orphans = [path for path in folder.rglob("*.partial") if path.is_file()]
+    for path in orphans:
+        path.unlink(missing_ok=True)
+    return len(orphans)

@@ -1,0 +1,448 @@
+"""The only file that opens Zarr: stacks and runs are created, written and read here.
+
+One process creates stores and all metadata; tasks write the shards they own and nothing else. Every array carries
+checksums, every store is opened without consolidated metadata (it goes stale), and codecs are named by strings, so
+that zarr 3.1 and newer read and write the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import xarray as xr
+import zarr
+
+from schemas.conventions import ANGSTROM, DIMENSIONLESS, SCHEMA_VERSION, SECOND
+from schemas.errors import SchemaError
+from schemas.variables import Schema, Variable
+
+Array = zarr.Array[Any]
+
+# Bit-shuffled Blosc halves counting data at some 400 MB/s; the trailing CRC is what detects a flipped bit.
+COMPRESSORS: tuple[dict[str, Any], ...] = (
+    {"name": "blosc", "configuration": {"cname": "zstd", "clevel": 3, "shuffle": "bitshuffle", "blocksize": 0}},
+    {"name": "crc32c"},
+)
+ROWS_PER_CHUNK = 2**16
+ROWS_PER_SHARD = 2**20
+FRAMES_PER_SHARD = 2**16
+SMALL_CHUNK = 2**16  # pixels: chunks of several frames where frames are smaller than this
+LARGE_CHUNK = 1024  # pixels along y and x
+
+
+def _typed_compressors(dtype: np.dtype[Any]) -> list[dict[str, Any]]:
+    blosc = {**COMPRESSORS[0]["configuration"], "typesize": dtype.itemsize}
+    return [{"name": "blosc", "configuration": blosc}, COMPRESSORS[1]]
+
+
+def _create_array(
+    group: zarr.Group,
+    variable: Variable,
+    shape: tuple[int, ...],
+    *,
+    chunks: tuple[int, ...],
+    shards: tuple[int, ...] | None = None,
+) -> Array:
+    if variable.name in group:
+        del group[variable.name]
+    string = variable.dtype == "string"
+    dtype = np.dtype(variable.dtype) if not string else None
+    return group.create_array(
+        variable.name,
+        shape=shape,
+        dtype=cast(Any, str if dtype is None else dtype),
+        chunks=tuple(max(1, c) for c in chunks),
+        shards=shards,
+        compressors=cast(Any, [{"name": "zstd", "configuration": {"level": 3, "checksum": True}}])
+        if dtype is None
+        else cast(Any, _typed_compressors(dtype)),
+        fill_value=variable.fill_value,
+        dimension_names=variable.dims,
+        attributes=variable.attributes,
+    )
+
+
+def _put(group: zarr.Group, variable: Variable, values: np.ndarray) -> None:
+    array = _create_array(group, variable, values.shape, chunks=values.shape)
+    if values.size:
+        array[...] = values
+
+
+def _open_group(path: Path, mode: str) -> zarr.Group:
+    return zarr.open_group(str(path), mode=cast(Any, mode), use_consolidated=False)
+
+
+def _write_region(array: Array, path: Path, start: int, values: np.ndarray) -> None:
+    """Write rows [start, start + n) along axis 0; whole shards only.
+
+    An old shard is removed first: zarr 3.1 would read it back even to overwrite all of it, and fail for ever on a
+    damaged one.
+    """
+    step = (array.shards or array.chunks)[0]
+    stop = start + len(values)
+    if start % step or (stop % step and stop != array.shape[0]) or stop > array.shape[0]:
+        raise ValueError(
+            f"rows [{start}, {stop}) of {path} do not cover whole shards of {step} rows in an array of "
+            f"{array.shape[0]}; a task writes all of a shard or nothing of it"
+        )
+    for shard in range(start // step, math.ceil(stop / step)):
+        for file in sorted((path / "c" / str(shard)).rglob("*")) if array.ndim > 1 else [path / "c" / str(shard)]:
+            if file.is_file():
+                file.unlink()
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        # The array was opened before the setting; a view with the runtime configuration writes all-zero shards too.
+        array.with_config({"write_empty_chunks": True})[start:stop] = values
+
+
+# ---------------------------------------------------------------------------------------------------------- stacks
+
+
+@dataclass(frozen=True)
+class StackLayout:
+    """How a stack is cut on disk: frames per chunk and per shard, and the chunk's edges."""
+
+    chunk: tuple[int, ...]
+    shard: tuple[int, ...]
+
+    @property
+    def shard_frames(self) -> int:
+        """Frames that one shard, hence one writing task, owns."""
+        return self.shard[0]
+
+
+def stack_layout(shape: Sequence[int], dtype: Any, *, shard_megabytes: float) -> StackLayout:
+    """Chunks of one frame (several where frames are small), shards of about ``shard_megabytes`` uncompressed."""
+    frames, *middle, height, width = shape
+    per_frame = math.prod(shape[1:])
+    edge_y, edge_x = min(height, LARGE_CHUNK), min(width, LARGE_CHUNK)
+    chunk_frames = max(1, min(frames, SMALL_CHUNK // per_frame))
+    wanted = int(shard_megabytes * 2**20 / (per_frame * np.dtype(dtype).itemsize * chunk_frames))
+    shard_frames = chunk_frames * max(1, min(wanted, math.ceil(frames / chunk_frames)))
+    chunk = (chunk_frames, *(1 for _ in middle), edge_y, edge_x)
+    shard = (shard_frames, *middle, edge_y * math.ceil(height / edge_y), edge_x * math.ceil(width / edge_x))
+    return StackLayout(chunk, shard)
+
+
+def _ome_metadata(
+    name: str, dims: Sequence[str], datasets: Sequence[tuple[str, Sequence[float], Sequence[float]]]
+) -> dict[str, Any]:
+    """OME-Zarr 0.5 multiscales; ``datasets`` holds (path, scale, translation) from fine to coarse."""
+    kinds: dict[str, dict[str, Any]] = {
+        "time": {"type": "time", "unit": "second"},
+        "y": {"type": "space", "unit": "angstrom"},
+        "x": {"type": "space", "unit": "angstrom"},
+        "defocus": {"type": "channel"},
+    }
+    return {
+        "version": "0.5",
+        "multiscales": [
+            {
+                "name": name,
+                "axes": [{"name": dim, **kinds[dim]} for dim in dims],
+                "datasets": [
+                    {
+                        "path": path,
+                        "coordinateTransformations": [
+                            {"type": "scale", "scale": list(scale)},
+                            {"type": "translation", "translation": list(translation)},
+                        ],
+                    }
+                    for path, scale, translation in datasets
+                ],
+            }
+        ],
+    }
+
+
+def create_stack(
+    path: Path,
+    *,
+    shape: Sequence[int],
+    dtype: Any,
+    time: np.ndarray,
+    sampling: float,
+    layout: StackLayout,
+    attributes: Mapping[str, Any],
+    origin: tuple[float, float] = (0.0, 0.0),
+    defocus: Sequence[float] | None = None,
+) -> None:
+    """Create all of a stack but its pixels: counts(time, [defocus,] y, x) in the detector's own dtype.
+
+    ``sampling`` [Å/px]; ``origin`` is the position (y, x) [Å] of the first pixel's centre on the detector;
+    ``time`` (time,) [s]; ``defocus`` [Å]. The state stays "running" until ``finish_stack``.
+    """
+    if path.exists():
+        shutil.rmtree(path)
+    dims = ("time", "y", "x") if defocus is None else ("time", "defocus", "y", "x")
+    group = zarr.create_group(str(path), zarr_format=3)
+    counts = Variable("counts", dims, str(np.dtype(dtype)), "counts", "counts as the detector wrote them", 0)
+    _create_array(group, counts, tuple(shape), chunks=layout.chunk, shards=layout.shard)
+    _put(group, Variable("time", ("time",), "float64", SECOND, "time stamp of the frame since the first"), time)
+    for axis, size, start in (("y", shape[-2], origin[0]), ("x", shape[-1], origin[1])):
+        meaning = f"position of the pixel centre {'down' if axis == 'y' else 'across'} the detector"
+        _put(
+            group,
+            Variable(axis, (axis,), "float64", ANGSTROM, meaning),
+            start + sampling * np.arange(size, dtype=float),
+        )
+    if defocus is not None:
+        _put(
+            group,
+            Variable("defocus", ("defocus",), "float64", ANGSTROM, "defocus, positive: underfocus"),
+            np.asarray(defocus, dtype=float),
+        )
+    _put(group, _frame_ok(), np.full(shape[0], -1, dtype="int8"))
+    interval = float(time[1] - time[0]) if len(time) > 1 else 1.0
+    middle = () if defocus is None else (1.0,)
+    ome = _ome_metadata(
+        path.stem, dims, [("counts", (interval, *middle, sampling, sampling), (0.0, *(0.0 for _ in middle), *origin))]
+    )
+    state = {"kind": "stack", "schema_version": SCHEMA_VERSION, "state": "running", **attributes}
+    group.attrs.update({"ome": ome, "colonnade": _json(state)})
+
+
+def _frame_ok() -> Variable:
+    meaning = "1 where the frame was read, 0 where the file was damaged, -1 before ingest has finished"
+    return Variable("frame_ok", ("time",), "int8", DIMENSIONLESS, meaning, -1)
+
+
+def write_frames(path: Path, start: int, frames: np.ndarray) -> None:
+    """Write whole shards of counts from frame ``start`` on; anything else is refused."""
+    _write_region(cast(Array, _open_group(path, "r+")["counts"]), path / "counts", start, frames)
+
+
+def finish_stack(path: Path, *, frame_ok: np.ndarray, attributes: Mapping[str, Any]) -> None:
+    """Declare a stack complete: which frames are good (time,), and what only reading all could tell."""
+    group = _open_group(path, "r+")
+    _put(group, _frame_ok(), frame_ok.astype("int8"))
+    state = cast(dict[str, Any], group.attrs["colonnade"])
+    group.attrs["colonnade"] = _json({**state, **attributes, "state": "complete"})
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A finished stack, opened for reading."""
+
+    path: Path
+    counts: Array
+    attributes: dict[str, Any]
+    time: np.ndarray
+    frame_ok: np.ndarray
+    origin: tuple[float, float]
+    defocus: np.ndarray | None
+
+    @property
+    def sampling(self) -> float:
+        """Å per pixel."""
+        return float(self.attributes["sampling"])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(time, y, x) of one plane."""
+        return (self.counts.shape[0], self.counts.shape[-2], self.counts.shape[-1])
+
+    def read(self, start: int, stop: int, *, plane: int = 0) -> np.ndarray:
+        """Frames [start, stop) as (time, y, x) in the detector's dtype."""
+        rows = self.counts[start:stop] if self.defocus is None else self.counts[start:stop, plane]
+        return np.asarray(rows)
+
+    def read_frames(self, indices: Sequence[int], *, plane: int = 0) -> np.ndarray:
+        """Frames of any indices as (time, y, x)."""
+        return np.concatenate([self.read(int(i), int(i) + 1, plane=plane) for i in indices])
+
+
+def kind_of(path: Path) -> str | None:
+    """ "stack" or "run" for a store of ours, None for anything else."""
+    try:
+        state = json.loads((path / "zarr.json").read_text())["attributes"]["colonnade"]
+        return str(state["kind"])
+    except (OSError, KeyError, ValueError, TypeError):
+        return None
+
+
+def attributes_of(path: Path) -> dict[str, Any]:
+    """What a store of ours says of itself; ``SchemaError`` for anything else and for a newer layout."""
+    found = kind_of(path)
+    if found is None:
+        raise SchemaError(
+            f"{path} is not a stack or run of Colonnade; expected a folder that ingest or run has written"
+        )
+    state = cast(dict[str, Any], _open_group(path, "r").attrs["colonnade"])
+    if int(state["schema_version"]) > SCHEMA_VERSION:
+        raise SchemaError(
+            f"{path} has schema_version {state['schema_version']}; this version reads up to {SCHEMA_VERSION}: "
+            "upgrade colonnade to open it"
+        )
+    return state
+
+
+def open_stack(path: Path) -> Stack:
+    """Open a finished stack; ``SchemaError`` says what else it is."""
+    state = attributes_of(path)
+    if state["kind"] != "stack" or state["state"] != "complete":
+        raise SchemaError(
+            f"{path} is a {state['kind']} in state {state['state']!r}; expected a complete stack: ingest it again"
+        )
+    group = _open_group(path, "r")
+
+    def values(name: str) -> np.ndarray:
+        return np.asarray(cast(Array, group[name])[...])
+
+    return Stack(
+        path=path,
+        counts=cast(Array, group["counts"]),
+        attributes=state,
+        time=values("time"),
+        frame_ok=values("frame_ok") == 1,
+        origin=(float(values("y")[0]), float(values("x")[0])),
+        defocus=values("defocus") if "defocus" in group else None,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ runs
+
+
+def open_tree(path: Path) -> xr.DataTree:
+    """A run as an xarray DataTree, lazily."""
+    return xr.open_datatree(path, engine="zarr", consolidated=False)
+
+
+def create_run(path: Path, attributes: Mapping[str, Any]) -> None:
+    """Create a run, or put an existing one back to state "running" with new attributes; arrays stay."""
+    group = zarr.open_group(str(path), mode="a", zarr_format=3, use_consolidated=False)
+    group.attrs["colonnade"] = _json(
+        {"kind": "run", "schema_version": SCHEMA_VERSION, "state": "running", **attributes}
+    )
+
+
+def update_run(path: Path, attributes: Mapping[str, Any]) -> None:
+    """Change some of the run's own attributes, such as its state."""
+    group = _open_group(path, "r+")
+    group.attrs["colonnade"] = _json({**cast(dict[str, Any], group.attrs["colonnade"]), **attributes})
+
+
+def create_table(
+    path: Path, schema: Schema, rows: int, *, sizes: Mapping[str, int], coordinates: Mapping[str, Sequence[Any]]
+) -> None:
+    """Create the arrays of a group with ``rows`` rows of fill values, replacing older ones.
+
+    ``sizes`` gives the lengths of further dimensions, ``coordinates`` values that are known from the start.
+    """
+    group = _open_group(path, "r+").require_group(schema.group.strip("/"))
+    known = {name: np.asarray(values) for name, values in coordinates.items()}
+    for variable in schema.variables:
+        if variable.name in known:
+            _put(group, variable, known.pop(variable.name))
+            continue
+        rest = tuple(sizes[dim] for dim in variable.dims[1:])
+        chunk = min(max(rows, 1), ROWS_PER_CHUNK)
+        shard = chunk * min(math.ceil(max(rows, 1) / chunk), shard_rows(schema) // ROWS_PER_CHUNK)
+        _create_array(group, variable, (rows, *rest), chunks=(chunk, *rest), shards=(shard, *rest))
+    for name, data in known.items():
+        kind = "string" if data.dtype.kind in "UO" else str(data.dtype)
+        _put(group, Variable(name, (name,), kind, DIMENSIONLESS, name.replace("_", " ")), data)
+
+
+def shard_rows(schema: Schema) -> int:
+    """Rows of a table that one task writes."""
+    return FRAMES_PER_SHARD if schema.row == "time" else ROWS_PER_SHARD
+
+
+def write_rows(path: Path, schema: Schema, start: int, values: Mapping[str, np.ndarray]) -> None:
+    """Write whole shards of a table's variables, all but those known from the start, from row ``start`` on."""
+    group = cast(zarr.Group, _open_group(path, "r+")[schema.group.strip("/")])
+    for variable in (v for v in schema.variables if v.name in values):
+        array = cast(Array, group[variable.name])
+        folder = path / schema.group.strip("/") / variable.name
+        data = values[variable.name]
+        _write_region(array, folder, start, data if variable.dtype == "string" else data.astype(variable.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------- images
+
+
+def pyramid_levels(height: int, width: int) -> int:
+    """Levels of an image pyramid whose coarsest level fits into about 256 pixels."""
+    return 1 + max(0, math.ceil(math.log2(max(height, width) / 256))) if max(height, width) > 256 else 1
+
+
+def create_image(
+    path: Path, name: str, *, time: np.ndarray, shape: tuple[int, int, int], sampling: float,
+    origin: tuple[float, float], block_frames: int, units: str, meaning: str,
+) -> None:  # fmt: skip
+    """Create ``/images/<name>``: an OME-Zarr 0.5 pyramid of sibling groups s0, s1, … whose shards are blocks.
+
+    ``shape`` is (time, y, x); ``sampling`` [Å/px]; ``origin`` (y, x) [Å] of the first pixel's centre.
+    """
+    images = _open_group(path, "r+").require_group("images")
+    if name in images:
+        del images[name]
+    parent = images.create_group(name)
+    frames, height, width = shape
+    interval = float(time[1] - time[0]) if len(time) > 1 else 1.0
+    datasets = []
+    for level in range(pyramid_levels(height, width)):
+        scale, size = sampling * 2**level, (height >> level, width >> level)
+        start = tuple(o + (2**level - 1) * sampling / 2 for o in origin)
+        group = parent.create_group(f"s{level}")
+        variable = Variable(name, ("time", "y", "x"), "float32", units, meaning)
+        edges = tuple(min(s, LARGE_CHUNK) for s in size)
+        shard = tuple(e * math.ceil(s / e) for e, s in zip(edges, size, strict=True))
+        _create_array(group, variable, (frames, *size), chunks=(1, *edges), shards=(block_frames, *shard))
+        _put(group, Variable("time", ("time",), "float64", SECOND, "time stamp of the frame since the first"), time)
+        for axis, count, first in zip(("y", "x"), size, start, strict=True):
+            positions = first + scale * np.arange(count, dtype=float)
+            _put(group, Variable(axis, (axis,), "float64", ANGSTROM, f"{axis} of the pixel centre"), positions)
+        datasets.append((f"s{level}/{name}", (interval, scale, scale), (0.0, *start)))
+    parent.attrs["ome"] = _ome_metadata(name, ("time", "y", "x"), datasets)
+
+
+def write_image(path: Path, name: str, start: int, frames: np.ndarray) -> None:
+    """Write a block of images (time, y, x) and its coarser levels, each the mean of 2 x 2 pixels."""
+    parent = cast(zarr.Group, _open_group(path, "r+")[f"images/{name}"])
+    for level in range(len(list(parent.group_keys()))):
+        array = cast(Array, parent[f"s{level}/{name}"])
+        _write_region(array, path / "images" / name / f"s{level}" / name, start, frames)
+        frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+        frames = frames.reshape(len(frames), frames.shape[1] // 2, 2, frames.shape[2] // 2, 2).mean((2, 4))
+
+
+def write_examples(
+    path: Path, frames: np.ndarray, images: Mapping[str, np.ndarray], *, sampling: float, origin: tuple[float, float]
+) -> None:
+    """Write ``/examples``: crops (example, y, x) of some frames for the report; ``origin`` [Å] of the first pixel."""
+    root = _open_group(path, "r+")
+    if "examples" in root:
+        del root["examples"]
+    group = root.create_group(
+        "examples", attributes={"sampling": sampling, "origin_y": origin[0], "origin_x": origin[1]}
+    )
+    _put(group, Variable("frame", ("example",), "int32", DIMENSIONLESS, "index of the frame"), frames.astype("int32"))
+    for name, values in images.items():
+        units = DIMENSIONLESS if name == "probability" else "electron"
+        variable = Variable(name, ("example", "y_example", "x_example"), "float32", units, f"{name} frame")
+        _put(group, variable, values.astype("float32"))
+
+
+def _json(value: Any) -> Any:
+    """Plain JSON: NumPy scalars unpacked, what is not a number in JSON written as text."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, Mapping):
+            return {str(k): plain(v) for k, v in item.items()}
+        if isinstance(item, list | tuple):
+            return [plain(v) for v in item]
+        if isinstance(item, np.generic):
+            return plain(item.item())
+        if isinstance(item, float) and not math.isfinite(item):
+            return str(item)
+        return item if isinstance(item, str | int | float | bool | None) else str(item)
+
+    return plain(value)
