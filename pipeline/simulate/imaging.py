@@ -1,0 +1,93 @@
+"""Images of atoms: HRTEM by abTEM multislice with a quasi-coherent CTF, HAADF by convolution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import abtem
+import dask
+import numpy as np
+from ase import Atoms
+from scipy.ndimage import map_coordinates
+
+SLICE = 2.0  # Å; the projected potential of a slice is applied at once
+
+
+def exit_wave(positions: np.ndarray, numbers: np.ndarray, *, gpts: int, sampling: float, energy: float) -> Any:
+    """abTEM wave (y, x) below the specimen for a plane wave of `energy` [keV].
+
+    positions (atom, 3) [Å] in (y, x, z) with the origin at the canvas' pixel (0, 0), inside the canvas, z ≥ 0.
+    """
+    extent = gpts * sampling
+    top = float(positions[:, 2].max()) if len(positions) else 0.0
+    cell = (extent, extent, (np.ceil((top + 1.5) / SLICE) + 1) * SLICE)
+    shifted = positions + np.array([0.0, 0.0, 1.0])
+    atoms = Atoms(numbers=numbers, positions=shifted, cell=cell, pbc=(True, True, False))
+    with dask.config.set(scheduler="synchronous"), abtem.config.set({"device": "cpu", "precision": "float32"}):
+        potential = abtem.Potential(
+            atoms, gpts=(gpts, gpts), slice_thickness=SLICE, projection="infinite", parametrization="lobato"
+        )
+        built: Any = potential.build(lazy=False)
+        wave: Any = abtem.PlaneWave(energy=energy * 1e3).multislice(built, lazy=False)
+    return wave
+
+
+def hrtem(
+    wave: Any,
+    *,
+    energy: float,
+    defocus: float,
+    spherical: float,
+    focal_spread: float,
+    angular_spread: float,
+    complex_wave: bool = False,
+) -> np.ndarray:
+    """Intensity (y, x), 1 without a specimen, or the wave it is the square of.
+
+    defocus > 0 is underfocus (abTEM's C10 is its negative); lengths in Å, angular_spread in mrad.
+    """
+    ctf = abtem.CTF(
+        energy=energy * 1e3,
+        C10=-defocus,
+        Cs=spherical,
+        focal_spread=focal_spread,
+        angular_spread=angular_spread,
+    )
+    with dask.config.set(scheduler="synchronous"):
+        imaged = np.asarray(wave.apply_ctf(ctf).array)
+    return imaged if complex_wave else (np.abs(imaged) ** 2).astype(np.float32)
+
+
+def haadf(positions: np.ndarray, numbers: np.ndarray, *, gpts: int, sampling: float, probe: float) -> np.ndarray:
+    """Incoherent image (y, x): each atom adds Z^1.7 times a Gaussian probe of full width at half maximum `probe` [Å].
+
+    No channelling, no tails of the probe: fast, and good enough for contrast and positions in thin specimens.
+    A weak background stands for scattering that is not atomic. The mean is 1.
+    """
+    image = np.zeros((gpts, gpts))
+    sigma = np.hypot(probe / 2.3548, 0.1) / sampling
+    half = int(np.ceil(5 * sigma))
+    centre = np.rint(positions[:, :2] / sampling).astype(int)
+    offsets = np.arange(-half, half + 1)
+    rest = (positions[:, :2] / sampling - centre)[:, :, None]
+    profile = np.exp(-((offsets - rest) ** 2) / (2 * sigma**2))
+    rows = (centre[:, 0, None] + offsets) % gpts
+    cols = (centre[:, 1, None] + offsets) % gpts
+    for start in range(0, len(positions), 512):
+        part = slice(start, start + 512)
+        stamp = profile[part, 0, :, None] * profile[part, 1, None, :]
+        stamp *= (numbers[part] ** 1.7)[:, None, None]
+        np.add.at(image, (rows[part, :, None], cols[part, None, :]), stamp)
+    image /= 2 * np.pi * sigma**2
+    level = image.mean() if image.any() else 1.0
+    image += 0.15 * level
+    return np.asarray(image / image.mean(), dtype=np.float32)
+
+
+def column_contrast(image: np.ndarray, y: np.ndarray, x: np.ndarray, radius: float) -> np.ndarray:
+    """Contrast (column,) of an image (y, x) at columns [px]: value there minus the mean on a circle of `radius`."""
+    angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+    ring_y = y[:, None] + radius * np.sin(angles)
+    ring_x = x[:, None] + radius * np.cos(angles)
+    ring = map_coordinates(image, [ring_y, ring_x], order=1, mode="nearest").mean(1)
+    return np.asarray(map_coordinates(image, [y, x], order=1, mode="nearest") - ring)

@@ -1,0 +1,190 @@
+"""Movies with a known answer: the only entry that tests, training and the demo need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.fft import fft2, ifft2, next_fast_len
+
+from pipeline.simulate import detector, imaging
+from pipeline.simulate.motion import ColumnEvent
+from pipeline.simulate.scene import BORDER, MovieSpec, Scene, build_scene, columns_of
+
+__all__ = ["MovieSpec", "SimulatedMovie", "simulate_frames", "simulate_movie"]
+
+DEFOCI = np.arange(-120.0, 121.0, 10.0)  # Å, scanned when a spec names a contrast and no defocus
+
+
+@dataclass(frozen=True)
+class SimulatedMovie:
+    """A movie and its truth.
+
+    counts (time, y, x) uint16; clean (time, y, x) relative intensity, mean about 1; drift (time, 2) [px], how the
+    specimen moved since frame 0; columns: one structured array per frame (column, y [px], x [px], atoms, visible,
+    species); columns that are not visible (too few atoms) should neither be demanded nor count as spurious;
+    events: columns that appear or vanish; polarity: +1 atoms bright, −1 dark, 0 mixed or no atoms;
+    contrast_share: share of the visible columns that have this sign; defocus [Å] used (> 0 is underfocus).
+    """
+
+    counts: np.ndarray
+    clean: np.ndarray
+    drift: np.ndarray
+    columns: list[np.ndarray]
+    events: tuple[ColumnEvent, ...]
+    polarity: int
+    contrast_share: float
+    defocus: float
+    spec: MovieSpec
+
+    @property
+    def sampling(self) -> float:
+        """Å per pixel."""
+        return self.spec.sampling
+
+    @property
+    def energy(self) -> float:
+        """Beam energy [keV]."""
+        return self.spec.energy
+
+    @property
+    def dose(self) -> float:
+        """Electrons per Å² and frame."""
+        return self.spec.dose
+
+    @property
+    def mode(self) -> str:
+        """Either hrtem or haadf."""
+        return self.spec.mode
+
+    @property
+    def frame_interval(self) -> float:
+        """Seconds between frames."""
+        return self.spec.frame_interval
+
+
+def simulate_movie(spec: MovieSpec, seed: int) -> SimulatedMovie:
+    """Simulate a movie; the same spec and seed give the same bits.
+
+    Drift is applied to the atoms (or, where nothing else moves, as a phase ramp to the wave, which is the same),
+    noise is added last, independent from pixel to pixel.
+    """
+    scene = build_scene(spec, seed)
+    camera = _Camera(scene)
+    defocus = camera.find_defocus() if spec.defocus is None else spec.defocus
+    clean = np.stack([camera.image(frame, defocus) for frame in range(spec.frames)])
+    columns = [columns_of(scene, frame, camera.origin) for frame in range(spec.frames)]
+    polarity, share = _polarity(clean[0], columns[0], spec)
+    counts = detector.record(
+        clean,
+        np.random.default_rng([seed, 2]),
+        electrons_per_pixel=spec.dose * spec.sampling**2,
+        counts_per_electron=spec.counts_per_electron,
+        offset=spec.offset,
+        readout=spec.readout,
+    )
+    drift = scene.drift / spec.sampling
+    return SimulatedMovie(counts, clean, drift, columns, scene.events, polarity, share, defocus, spec)
+
+
+def simulate_frames(shape: tuple[int, int], frames: int, *, sampling: float, dose: float, seed: int) -> SimulatedMovie:
+    """A movie of pure noise: an empty, evenly lit view."""
+    return simulate_movie(MovieSpec(kind="vacuum", shape=shape, frames=frames, sampling=sampling, dose=dose), seed)
+
+
+class _Camera:
+    """Turns frames of a scene into clean images; keeps what several frames share."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene, spec = scene, scene.spec
+        # A shifted wave brings the canvas' wrap into view unless the border is as wide as the drift.
+        border = BORDER + (spec.drift_limit if spec.still else 0.0)
+        self.gpts = next_fast_len(max(spec.shape) + 2 * int(np.ceil(border / spec.sampling)))
+        self.corner = (self.gpts - np.array(spec.shape)) // 2
+        self.middle = self.gpts * spec.sampling / 2
+        self.origin = self.corner - self.gpts / 2
+        self.kept: dict[bytes, np.ndarray] = {}
+
+    def image(self, frame: int, defocus: float) -> np.ndarray:
+        spec = self.scene.spec
+        if spec.kind == "vacuum":
+            return np.ones(spec.shape, np.float32)
+        canvas = self._still_canvas(frame, defocus) if spec.still else self._canvas(frame, defocus)
+        canvas = detector.apply_mtf(canvas, spec.mtf) if spec.mtf else canvas
+        (top, left), (height, width) = self.corner, spec.shape
+        return np.ascontiguousarray(canvas[top : top + height, left : left + width])
+
+    def find_defocus(self) -> float:
+        """The defocus of DEFOCI at which the visible columns show the wanted contrast best; 60 Å without columns."""
+        spec = self.scene.spec
+        truth = columns_of(self.scene, 0, self.origin)
+        truth = truth[truth["visible"]]
+        if spec.mode == "haadf" or not len(truth):
+            return 0.0 if spec.mode == "haadf" else 60.0
+        wave = self._wave(0, self.scene.drift[0])
+        sign = 1 if spec.contrast == "bright" else -1
+        y, x = truth["y"] + self.corner[0], truth["x"] + self.corner[1]
+        merit = []
+        for defocus in DEFOCI:
+            values = sign * imaging.column_contrast(self._ctf(wave, defocus), y, x, 1.2 / spec.sampling)
+            merit.append(values.mean() - values.std() + np.quantile(values, 0.05))
+        return float(DEFOCI[int(np.argmax(merit))])
+
+    def _placed(self, frame: int, drift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        points, numbers, _ = self.scene.atoms(frame)
+        points = points + np.array([drift[0] + self.middle, drift[1] + self.middle, 0.0])
+        extent = self.gpts * self.scene.spec.sampling
+        inside = ((points[:, :2] >= 0) & (points[:, :2] < extent)).all(1)
+        return points[inside], numbers[inside]
+
+    def _wave(self, frame: int, drift: np.ndarray) -> Any:
+        spec = self.scene.spec
+        points, numbers = self._placed(frame, drift)
+        return imaging.exit_wave(points, numbers, gpts=self.gpts, sampling=spec.sampling, energy=spec.energy)
+
+    def _ctf(self, wave: Any, defocus: float, *, complex_wave: bool = False) -> np.ndarray:
+        spec = self.scene.spec
+        return imaging.hrtem(
+            wave,
+            energy=spec.energy,
+            defocus=defocus,
+            spherical=spec.spherical,
+            focal_spread=spec.focal_spread,
+            angular_spread=spec.angular_spread,
+            complex_wave=complex_wave,
+        )
+
+    def _canvas(self, frame: int, defocus: float) -> np.ndarray:
+        spec, drift = self.scene.spec, self.scene.drift[frame]
+        if spec.mode == "haadf":
+            points, numbers = self._placed(frame, drift)
+            return imaging.haadf(points, numbers, gpts=self.gpts, sampling=spec.sampling, probe=spec.probe)
+        return self._ctf(self._wave(frame, drift), defocus)
+
+    def _still_canvas(self, frame: int, defocus: float) -> np.ndarray:
+        spec = self.scene.spec
+        key = self.scene.there[frame].tobytes()
+        if key not in self.kept:
+            if spec.mode == "haadf":
+                points, numbers = self._placed(frame, np.zeros(2))
+                made = imaging.haadf(points, numbers, gpts=self.gpts, sampling=spec.sampling, probe=spec.probe)
+            else:
+                made = self._ctf(self._wave(frame, np.zeros(2)), defocus, complex_wave=True)
+            self.kept = {key: fft2(made)}  # states follow one another: only the last is worth keeping
+        k = np.fft.fftfreq(self.gpts)
+        dy, dx = self.scene.drift[frame] / spec.sampling
+        ramp = np.exp(-2j * np.pi * k * dy)[:, None] * np.exp(-2j * np.pi * k * dx)
+        moved = ifft2(self.kept[key] * ramp)
+        return (moved.real if spec.mode == "haadf" else np.abs(moved) ** 2).astype(np.float32)
+
+
+def _polarity(clean: np.ndarray, truth: np.ndarray, spec: MovieSpec) -> tuple[int, float]:
+    """The sign that at least 85 % of the visible columns have, else 0, and the share that has the commoner sign."""
+    truth = truth[truth["visible"]]
+    if not len(truth):
+        return 0, 0.0
+    values = imaging.column_contrast(clean, truth["y"], truth["x"], 1.2 / spec.sampling)
+    bright = float((values > 0).mean())
+    share = max(bright, 1 - bright)
+    return (0 if share < 0.85 else 1 if bright > 0.5 else -1), share

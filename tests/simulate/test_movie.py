@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter, map_coordinates, maximum_filter
+
+from pipeline.simulate.movie import MovieSpec, simulate_frames, simulate_movie
+from pipeline.simulate.scene import build_scene
+from schemas.errors import SettingsError
+
+SMALL = {"shape": (128, 128), "frames": 3, "radius": 8.0, "sampling": 0.17}
+
+
+def peaks(image, sign, sigma):
+    smooth = sign * gaussian_filter(image, sigma)
+    top = (smooth == maximum_filter(smooth, 7)) & (smooth > smooth.mean() + smooth.std())
+    return np.argwhere(top)
+
+
+def distances(truth, found):
+    return np.linalg.norm(truth[:, None] - found[None], axis=2)
+
+
+def test_same_seed_same_bits_and_other_seed_other_movie():
+    spec = MovieSpec(**SMALL)
+    one, two, other = (simulate_movie(spec, seed) for seed in (3, 3, 4))
+    assert np.array_equal(one.counts, two.counts)
+    assert all(np.array_equal(a, b) for a, b in zip(one.columns, two.columns, strict=True))
+    assert not np.array_equal(one.counts, other.counts)
+
+
+@pytest.mark.parametrize(("contrast", "sign"), [("bright", 1), ("dark", -1)])
+@pytest.mark.parametrize("zone", ["110", "100"])
+def test_columns_of_a_particle_lie_on_extrema_of_the_clean_image(contrast, sign, zone):
+    movie = simulate_movie(MovieSpec(**SMALL, contrast=contrast, zone=zone, carbon_walk=0.0), 5)
+    assert movie.polarity == sign
+    truth = movie.columns[0]
+    truth = np.column_stack([truth["y"], truth["x"]])[truth["visible"]]
+    assert len(truth) > 20
+    nearest = distances(truth, peaks(movie.clean[0], sign, 1.0)).min(1)
+    assert np.mean(nearest < 1.5) > 0.9
+
+
+def test_rows_and_columns_are_not_swapped_on_a_wide_frame():
+    movie = simulate_movie(MovieSpec(kind="mos2", shape=(64, 160), frames=2, sampling=0.15, mode="haadf"), 1)
+    assert movie.counts.shape == (2, 64, 160)
+    truth = movie.columns[1]
+    assert truth["y"].max() < 64 < truth["x"].max()
+    values = map_coordinates(movie.clean[1], [truth["y"], truth["x"]], order=1)
+    assert values[truth["species"] == "Mo"].min() > movie.clean[1].mean()
+
+
+def test_sheet_has_its_bond_length_and_species():
+    movie = simulate_movie(MovieSpec(kind="mos2", shape=(160, 160), frames=1, sampling=0.15, vibration=0.0), 2)
+    truth = movie.columns[0]
+    place = np.column_stack([truth["y"], truth["x"]]) * 0.15
+    gap = distances(place, place) + 1e9 * np.eye(len(place))
+    middle = (np.abs(place - place.mean(0)) < 8).all(1)
+    assert np.allclose(gap[middle].min(1), 3.18 / np.sqrt(3), atol=0.02)
+    assert set(truth["species"]) <= {"Mo", "S2", "S"}
+    assert movie.polarity == 1
+
+
+def test_drift_says_how_the_specimen_moved():
+    spec = MovieSpec(**{**SMALL, "frames": 6}, drift_step=0.5, carbon_walk=0.0, vibration=0.0, events=0)
+    movie = simulate_movie(spec, 8)
+    assert not movie.drift[0].any() and np.abs(movie.drift[-1]).max() > 1
+    first, last = movie.columns[0], movie.columns[-1]
+    both = np.intersect1d(first["column"], last["column"])
+    a, b = (c[np.isin(c["column"], both)] for c in (first, last))
+    moved = np.column_stack([b["y"] - a["y"], b["x"] - a["x"]])
+    assert np.allclose(moved, movie.drift[-1], atol=1e-9)
+    spectrum = np.fft.fft2(movie.clean[0]) * np.conj(np.fft.fft2(movie.clean[-1]))
+    peak = np.unravel_index(np.abs(np.fft.ifft2(spectrum)).argmax(), movie.clean[0].shape)
+    shift = [-(p if p < 64 else p - 128) for p in peak]
+    assert np.abs(np.array(shift) - movie.drift[-1]).max() <= 1.0
+
+
+def test_a_shifted_wave_equals_moved_atoms():
+    """The fast path for still specimens gives the image that moving every atom gives."""
+    spec = MovieSpec(**SMALL, drift_step=0.4, carbon_walk=0.0, vibration=0.0, events=0, defocus=50.0)
+    fast = simulate_movie(spec, 4)
+    moved = simulate_movie(MovieSpec(**{**vars(spec), "vibration": 1e-6}), 4)
+    inner = (slice(None), slice(12, -12), slice(12, -12))
+    assert np.allclose(fast.drift, moved.drift)
+    # Not closer: abTEM spreads an atom over four grid points, so a moved atom is a little blurred, a shifted wave is not.
+    assert np.abs(fast.clean[inner] - moved.clean[inner]).max() < 0.06 * np.ptp(moved.clean)
+    assert np.corrcoef(fast.clean[inner].ravel(), moved.clean[inner].ravel())[0, 1] > 0.999
+
+
+def test_events_change_the_image_where_and_when_they_say():
+    spec = MovieSpec(**{**SMALL, "frames": 12}, carbon_walk=0.0, vibration=0.0, drift_step=1e-9, drift_jitter=0.0)
+    movie = simulate_movie(spec, 6)
+    assert movie.events
+    for event in movie.events:
+        before, after = (movie.columns[event.frame - k]["column"] for k in (1, 0))
+        assert (event.column in after, event.column in before) == (
+            (True, False) if event.kind == "appear" else (False, True)
+        )
+        holder = movie.columns[event.frame if event.kind == "appear" else event.frame - 1]
+        row = holder[holder["column"] == event.column][0]
+        y, x = int(row["y"]), int(row["x"])
+        change = np.abs(movie.clean[event.frame] - movie.clean[event.frame - 1])
+        assert change[y - 3 : y + 4, x - 3 : x + 4].max() > 0.05
+
+
+def test_counts_follow_poisson_statistics_of_the_dose():
+    movie = simulate_frames((128, 128), 8, sampling=0.2, dose=200.0, seed=1)
+    electrons = movie.counts.astype(float)
+    assert electrons.mean() == pytest.approx(8.0, rel=0.01)
+    assert electrons.var() == pytest.approx(8.0, rel=0.02)
+    assert not len(movie.columns[0])
+    scaled = simulate_movie(MovieSpec(kind="vacuum", frames=4, counts_per_electron=20.0, offset=100.0), 1)
+    assert scaled.counts.mean() == pytest.approx(100 + 20 * 1000 * 0.17**2, rel=0.01)
+
+
+def test_mtf_blurs_and_keeps_the_mean():
+    plain = simulate_movie(MovieSpec(**SMALL), 2)
+    blurred = simulate_movie(MovieSpec(**SMALL, mtf=(1.0, 0.0, 0.1, 2.5)), 2)
+    assert blurred.clean.mean() == pytest.approx(plain.clean.mean(), rel=1e-2)
+    assert blurred.clean.std() < 0.95 * plain.clean.std()
+
+
+def test_several_particles_keep_apart():
+    scene = build_scene(MovieSpec(shape=(512, 512), particles=3, frames=1), 0)
+    assert scene.crystal.count == scene.crystal.column.max() + 1
+    movie = simulate_movie(MovieSpec(shape=(256, 256), particles=3, frames=1), 0)
+    place = np.column_stack([movie.columns[0]["y"], movie.columns[0]["x"]]) * 0.17
+    gap = distances(place, place) + 1e9 * np.eye(len(place))
+    assert gap.min() > 1.4
+
+
+def test_wrong_settings_are_named():
+    with pytest.raises(SettingsError, match=r"tungsten.*expected one of"):
+        MovieSpec(kind="tungsten")
+    with pytest.raises(SettingsError, match=r"dose is -1.*positive"):
+        MovieSpec(dose=-1.0)
+    with pytest.raises(SettingsError, match="Xx"):
+        simulate_movie(MovieSpec(element="Xx"), 0)
