@@ -1,0 +1,175 @@
+"""The noise model: how the variance of a corrected pixel depends on its mean, and the way to electrons.
+
+Corrected readings c have mean m and variance  g·(m − offset) + r·g²,  g = counts per electron, r = readout variance
+[electrons²]; electrons = (c − offset) / g have variance  electrons + r. Where the variance does not depend on the
+mean (frames rescaled or filtered by someone else), g and offset are chosen such that the mean of a frame equals its
+variance, and the model says that the noise is constant. Photon-transfer method: Janesick, "Photon Transfer" (SPIE
+2007).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+Float = NDArray[np.float32]
+Double = NDArray[np.float64]
+
+_BOXES = (5, 9, 17)
+_BINS = 32
+
+
+class NoiseModel(NamedTuple):
+    """Noise of a corrected movie.
+
+    offset: reading at zero electrons [counts]; counts_per_electron [counts]; readout_variance [electrons²].
+    calibrated: electrons are true electrons, so that a dose may be computed from them.
+    signal_dependent: False where the variance is constant; it then equals readout_variance.
+    """
+
+    offset: float
+    counts_per_electron: float
+    readout_variance: float
+    calibrated: bool
+    signal_dependent: bool
+
+
+def to_electrons(corrected: NDArray[np.generic], noise: NoiseModel) -> Float:
+    """Return (corrected − offset) / counts_per_electron as float32; any shape."""
+    frames = np.asarray(corrected, dtype=np.float32)
+    return (frames - np.float32(noise.offset)) / np.float32(noise.counts_per_electron)
+
+
+def noise_variance(electrons: Float, noise: NoiseModel) -> Float:
+    """Return the variance expected of readings whose mean is `electrons` [electrons²]; any shape."""
+    readout = np.float32(noise.readout_variance)
+    if not noise.signal_dependent:
+        return np.full_like(electrons, readout)
+    return np.maximum(electrons, np.float32(0)) + readout
+
+
+def fit_noise(sample: Float, *, counts_per_electron: float | None) -> NoiseModel:
+    """Fit the noise model to frames spread over the movie.
+
+    sample: (time, y, x) corrected frames; frames with non-finite values are left out.
+    counts_per_electron: of the detector [counts], None if unknown. Given, it is believed, and only the readout noise
+    is fitted. Non-negative integers whose variance agrees with their mean are electrons. Otherwise the local
+    variance, from differences of consecutive frames of the sample (from one frame: of its Laplacian) after a
+    high-pass that removes what moves, is fitted as a line in the local mean by robust regression, corrected for the
+    noise of the local mean; a line through the origin is preferred where it fits, and a line that does not rise
+    significantly becomes a constant variance.
+    Raises ValueError if no frame is usable.
+    """
+    frames = [np.asarray(frame, dtype=np.float64) for frame in sample if np.isfinite(frame).all()]
+    if not frames:
+        raise ValueError(
+            f"none of the {len(sample)} sampled frames is finite, so no noise model can be fitted; drop them"
+        )
+    mean, variance, spread = _binned(frames)
+    level, scatter = float(np.mean(mean)), float(np.mean(variance))
+    if counts_per_electron is not None:
+        if not counts_per_electron > 0:
+            raise ValueError(f"counts_per_electron is {counts_per_electron}; it must be positive")
+        return _given(mean, variance, counts_per_electron)
+    if _is_counting(frames, level, scatter):
+        return NoiseModel(0.0, 1.0, 0.0, calibrated=True, signal_dependent=True)
+    line = _line(mean, variance, spread)
+    if line is None or line.slope <= 3 * line.slope_error or line.slope * float(np.ptp(mean)) < 0.05 * scatter:
+        return _constant(frames, level, scatter)
+    slope, intercept = line.slope, line.intercept
+    if level > 0 and abs(intercept) < 2 * line.slope_error * level:
+        slope, intercept = scatter / level, 0.0
+    offset, readout = (-intercept / slope, 0.0) if intercept < 0 else (0.0, intercept / slope**2)
+    return NoiseModel(float(offset), float(slope), float(readout), calibrated=False, signal_dependent=True)
+
+
+def _given(mean: Double, variance: Double, gain: float) -> NoiseModel:
+    # What the darkest parts scatter beyond Poisson; correlated noise (a scintillator's) scatters less and leaves
+    # nothing.
+    excess = float(
+        np.median(variance[: max(1, len(variance) // 4)] - gain * np.maximum(mean[: max(1, len(mean) // 4)], 0))
+    )
+    readout = max(0.0, excess) / gain**2
+    dark = max(float(mean[0]) / gain, 0.0)
+    # Within the error of the fit a counting detector has no readout noise.
+    return NoiseModel(
+        0.0, float(gain), readout if readout > 0.05 * dark else 0.0, calibrated=True, signal_dependent=True
+    )
+
+
+def _constant(frames: list[Double], level: float, scatter: float) -> NoiseModel:
+    """Constant variance: electrons start at the darkest reading, and at average brightness variance = mean."""
+    offset = float(np.min([np.percentile(frame, 0.1) for frame in frames]))
+    above = level - offset
+    gain = scatter / above if scatter > 0 and above > 1e-9 * abs(level) else 1.0
+    return NoiseModel(offset, float(gain), float(scatter / gain**2), calibrated=False, signal_dependent=False)
+
+
+def _is_counting(frames: list[Double], level: float, scatter: float) -> bool:
+    whole = all(bool((frame >= 0).all() and (frame == np.rint(frame)).all()) for frame in frames)
+    return whole and level > 0 and 0.8 * level < scatter < 1.25 * level
+
+
+def _binned(frames: list[Double]) -> tuple[Double, Double, float]:
+    """Return local mean and variance in bins of equal population, by rising mean, and the true part of the spread.
+
+    The means' own noise widens their distribution and would flatten a line; the smallest box is taken in which at
+    least 70 % of the spread is real. Both are averaged over the same box, so that a line in the pixels stays the same
+    line.
+    """
+    means, squares = _moments(frames)
+    for box in _BOXES:
+        mean = np.concatenate([ndimage.uniform_filter(m, box, mode="mirror").ravel() for m in means])
+        square = np.concatenate([ndimage.uniform_filter(s, box, mode="mirror").ravel() for s in squares])
+        averaged = box**2 * (2 if len(frames) > 1 else 1)
+        spread = 1 - float(square.mean()) / averaged / max(float(mean.var()), 1e-300)
+        if spread >= 0.7:
+            break
+    groups = [group for group in np.array_split(np.argsort(mean, kind="stable"), _BINS) if len(group)]
+    return np.array([mean[g].mean() for g in groups]), np.array([square[g].mean() for g in groups]), spread
+
+
+def _moments(frames: list[Double]) -> tuple[list[Double], list[Double]]:
+    """Return images of the mean of each two consecutive frames, and of the squared noise of a pixel."""
+    if len(frames) == 1:
+        mask = np.outer([1.0, -2.0, 1.0], [1.0, -2.0, 1.0]) / 6
+        return frames, [_clipped(ndimage.convolve(frames[0], mask, mode="mirror") ** 2)]
+    means, squares = [], []
+    for first, second in pairwise(frames):
+        difference = (first - second) / np.sqrt(2)
+        residual = difference - ndimage.uniform_filter(difference, _BOXES[0], mode="mirror")
+        means.append((first + second) / 2)
+        squares.append(_clipped(residual**2 / (1 - 1 / _BOXES[0] ** 2)))
+    return means, squares
+
+
+def _clipped(square: Double) -> Double:
+    """Limit X-rays and defects; a Poisson count is beyond 20 standard deviations only where it hardly weighs."""
+    return np.asarray(np.minimum(square, 400 * square.mean()))
+
+
+class _Line(NamedTuple):
+    slope: float
+    intercept: float
+    slope_error: float
+
+
+def _line(mean: Double, variance: Double, spread: float) -> _Line | None:
+    """Fit variance = intercept + slope·mean robustly; None where the means hardly differ."""
+    if spread < 0.3 or variance.min() <= 0:
+        return None
+    weight = 1 / variance**2
+    for _ in range(20):
+        centre = np.average(mean, weights=weight)
+        moment = float(np.sum(weight * (mean - centre) ** 2))
+        slope = float(np.sum(weight * (mean - centre) * variance) / moment)
+        residual = (variance - np.average(variance, weights=weight) - slope * (mean - centre)) / variance
+        scale = max(1.4826 * float(np.median(np.abs(residual))), 1e-12)
+        weight = np.minimum(1, 2 * scale / np.maximum(np.abs(residual), 1e-300)) / variance**2
+    slope /= spread
+    intercept = float(np.average(variance - slope * mean, weights=weight))
+    return _Line(slope, intercept, scale / spread / np.sqrt(moment))
