@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.steps import columns
+from pipeline.steps.species import assign_species, count_species
+from tests import oracles_columns as oracle
+
+FIT = {"polarity": 1, "width": 2.5, "fit_width": False, "readout_variance": 0.0, "share": 0.2}
+
+
+def find(image, *, threshold=0.1, min_distance=3.0):
+    return columns.find_columns(image, threshold=threshold, min_distance=min_distance)
+
+
+# --- peaks ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_vertex_of_a_gaussian_is_exact():
+    image = oracle.gaussians((32, 40), [(10.3, 20.8, 0.9)], width=2.0, background=0.0)
+    peaks = find(image)
+    np.testing.assert_allclose(np.column_stack(peaks[:2]), [[10.3, 20.8]], atol=1e-9)
+    assert peaks.probability == image.max()
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, torch.float32])
+def test_a_flat_top_counts_once_at_its_centroid(kind):
+    image = np.zeros((20, 20))
+    image[5:8, 5:10] = 1.0
+    image = torch.as_tensor(image, dtype=kind) if isinstance(kind, torch.dtype) else image.astype(kind)
+    peaks = find(image)
+    assert [tuple(p) for p in np.column_stack(peaks)] == [(6.0, 7.0, 1.0)]
+
+
+def test_a_shelf_below_a_peak_is_not_a_peak():
+    image = np.zeros((20, 20))
+    image[5:8, 2:15] = 0.5
+    image[6, 14] = 0.9
+    peaks = find(image, min_distance=1.0)
+    assert (len(peaks.y), peaks.probability[0]) == (1, 0.9)
+
+
+def test_equal_neighbours_go_to_the_lower_y_then_the_lower_x():
+    image = np.zeros((20, 20))
+    image[10, [4, 7]] = 1.0
+    image[[3, 6], 15] = 1.0
+    peaks = find(image, min_distance=3.5)
+    assert np.column_stack(peaks[:2]).tolist() == [[3.0, 15.0], [10.0, 4.0]]
+
+
+def test_nan_and_low_pixels_are_no_peaks_and_edges_are():
+    image = np.full((9, 9), 0.05)
+    image[4, 4] = np.nan
+    image[0, 8] = 0.8
+    peaks = find(image)
+    assert np.column_stack(peaks).tolist() == [[0.0, 8.0, 0.8]]
+    assert len(find(np.full((9, 9), 0.05)).y) == 0
+
+
+def test_a_stack_is_refused_with_its_shape():
+    with pytest.raises(ValueError, match=r"\(2, 8, 8\).*\(y, x\)"):
+        find(np.zeros((2, 8, 8)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), distance=st.floats(1.5, 8.0), levels=st.integers(2, 40))
+def test_suppression_agrees_with_one_by_one(seed, distance, levels):
+    image = np.random.default_rng(seed).integers(0, levels, (24, 24)) / levels
+    everything = find(image, min_distance=0.0)
+    points = np.column_stack(everything[:2])
+    kept = oracle.suppress(points, everything.probability, distance)
+    peaks = find(image, min_distance=distance)
+    np.testing.assert_array_equal(np.column_stack(peaks[:2]), points[kept])
+
+
+# --- refinement -----------------------------------------------------------------------------------------------------
+
+
+def test_overlapping_columns_are_recovered_from_a_clean_frame():
+    truth = [(20.2, 20.4, 9.0), (20.9, 27.3, 5.0), (27.5, 22.7, 12.0), (44.1, 40.6, 7.0)]
+    image = oracle.gaussians((64, 64), truth, width=2.5, background=20.0)
+    y, x, amplitude = np.array(truth).T
+    found = columns.refine(image, image, y + 0.4, x - 0.3, **FIT)
+    np.testing.assert_allclose(found["y"], y, atol=2e-3)
+    np.testing.assert_allclose(found["x"], x, atol=2e-3)
+    np.testing.assert_allclose(found["intensity"], 2 * np.pi * 2.5**2 * amplitude, rtol=5e-3)
+    np.testing.assert_allclose(found["background"], 20.0, rtol=5e-3)
+    assert found["fitted"].all()
+
+
+def test_the_common_width_is_found():
+    generator = np.random.default_rng(2)
+    points = oracle.hexagonal(96, 13.0, radius=38, jitter=0.3, generator=generator)
+    image = oracle.gaussians((96, 96), [(*p, 4.0) for p in points], width=2.9, background=6.0)
+    found = columns.refine(image, image, *points.T, **FIT | {"width": 2.3, "fit_width": True})
+    np.testing.assert_allclose(found["width"], 2.9, rtol=0.01)
+    np.testing.assert_allclose(np.column_stack([found["y"], found["x"]]), points, atol=5e-3)
+
+
+def test_one_column_agrees_with_scipy_and_its_errors_with_the_bound():
+    column = (30.3, 31.6, 300.0)
+    image = oracle.gaussians((61, 61), [column], width=2.5, background=900.0)
+    noisy = np.random.default_rng(5).poisson(image).astype(float)
+    found = columns.refine(noisy, image, [30.0], [32.0], **FIT | {"share": 1.0})
+    alone = columns.refine(noisy, noisy, [30.0], [32.0], **FIT | {"share": 1.0})
+    amplitude, background, y, x = oracle.fit_one(noisy, image, (30.0, 32.0), width=2.5, radius=6.25)
+    errors = oracle.bound(column, width=2.5, background=900.0, radius=6.25)
+    area = 2 * np.pi * 2.5**2
+    # One step from the truth differs from the full fit in second order of the noise.
+    assert found["intensity"][0] / area == pytest.approx(amplitude, abs=0.05 * errors[0])
+    assert found["background"][0] == pytest.approx(background, abs=0.05 * errors[1])
+    assert (alone["y"][0], alone["x"][0]) == pytest.approx((y, x), abs=0.05 * errors[2])
+    np.testing.assert_allclose([alone["y_err"][0], alone["x_err"][0]], errors[2:], rtol=0.1)
+    assert found["intensity_err"][0] / area == pytest.approx(errors[0], rel=0.1)
+    assert found["significance"][0] == pytest.approx(300.0 / errors[0], rel=0.1)
+
+
+def test_a_perfect_prior_draws_the_position_towards_itself():
+    image = oracle.gaussians((61, 61), [(30.3, 31.6, 30.0)], width=2.5, background=90.0)
+    noisy = np.random.default_rng(5).poisson(image).astype(float)
+    found = columns.refine(noisy, image, [30.0], [32.0], **FIT | {"share": 0.0})
+    _, _, y, x = oracle.fit_one(noisy, image, (30.0, 32.0), width=2.5, radius=6.25)
+    assert np.hypot(found["y"][0] - 30.3, found["x"][0] - 31.6) < 0.5 * np.hypot(y - 30.3, x - 31.6)
+
+
+@pytest.mark.parametrize("polarity", [1, -1])
+def test_dark_columns_have_negative_intensity_and_the_same_positions(polarity):
+    image = oracle.gaussians((48, 48), [(20.2, 21.7, 3.0 * polarity)], width=2.5, background=10.0)
+    found = columns.refine(image, image, [20.0], [22.0], **FIT | {"polarity": polarity})
+    assert np.sign(found["intensity"][0]) == polarity
+    assert found["significance"][0] > 1
+    np.testing.assert_allclose([found["y"][0], found["x"][0]], [20.2, 21.7], atol=2e-3)
+
+
+def noisy_frames(*, mean, count, frames, seed):
+    """Frames of a jittered crystal with `count` frames averaged to the denoised one: yields truth, frame, mean."""
+    generator = np.random.default_rng(seed)
+    for _ in range(frames):
+        points = oracle.hexagonal(160, 14.0, radius=65, jitter=0.5, generator=generator)
+        image = mean * oracle.gaussians((160, 160), [(*p, 0.4) for p in points], width=2.6, background=1.0)
+        stack = generator.poisson(image, (count, 160, 160)).astype(np.float32)
+        yield points, stack[count // 2], stack.mean(axis=0)
+
+
+@pytest.mark.parametrize(("mean", "count", "share"), [(5.8, 5, 0.2), (29.0, 5, 0.2), (29.0, 1, 1.0), (5.8, 20, 0.05)])
+def test_standard_errors_are_honest(mean, count, share):
+    off, errors = [], []
+    for points, frame, denoised in noisy_frames(mean=mean, count=count, frames=8, seed=1):
+        found = columns.refine(frame, denoised, *points.T, **FIT | {"fit_width": True, "share": share})
+        off.append([found["y"] - points[:, 0], found["x"] - points[:, 1]])
+        errors.append([found["y_err"], found["x_err"]])
+    ratio = np.concatenate(off, axis=1) / np.concatenate(errors, axis=1)
+    assert 0.6 < np.mean(np.abs(ratio) < 1) < 0.76
+    assert 0.85 < np.sqrt(np.mean(ratio**2)) < 1.25
+
+
+def test_an_independent_poor_prior_is_outweighed_by_the_measured_frame():
+    generator = np.random.default_rng(3)
+    points = oracle.hexagonal(160, 14.0, radius=65, jitter=0.5, generator=generator)
+    shifted = points + generator.normal(0, 0.8, points.shape)
+    frame, wrong = (
+        oracle.gaussians((160, 160), [(*p, 40.0) for p in where], width=2.6, background=60.0)
+        for where in (points, shifted)
+    )
+    frame = generator.poisson(frame).astype(float)
+    found = columns.refine(frame, wrong, *points.T, **FIT | {"share": 0.0, "width": 2.6})
+    before = np.sqrt(np.mean((shifted - points) ** 2))
+    after = np.sqrt(np.mean((np.column_stack([found["y"], found["x"]]) - points) ** 2))
+    assert after < 0.35 * before
+
+
+def test_translation_and_order_do_not_matter():
+    generator = np.random.default_rng(4)
+    points = oracle.hexagonal(96, 13.0, radius=30, jitter=0.5, generator=generator)
+    image = oracle.gaussians((96, 96), [(*p, 3.0) for p in points], width=2.5, background=6.0)
+    frame = generator.poisson(image).astype(np.float32)
+    first = columns.refine(frame, image, *points.T, **FIT)
+    order = generator.permutation(len(points))
+    shuffled = columns.refine(frame, image, *points[order].T, **FIT)
+    y, x = points.T
+    moved = columns.refine(np.roll(frame, (3, -2), (0, 1)), np.roll(image, (3, -2), (0, 1)), y + 3, x - 2, **FIT)
+    for name in first:
+        np.testing.assert_allclose(shuffled[name], first[name][order], rtol=1e-9, atol=1e-9)
+        expected = first[name] + {"y": 3, "x": -2}.get(name, 0)
+        np.testing.assert_allclose(moved[name], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_two_runs_give_the_same_bits():
+    points, frame, denoised = next(noisy_frames(mean=5.8, count=5, frames=1, seed=9))
+    first, second = (columns.refine(frame, denoised, *points.T, **FIT) for _ in range(2))
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_agrees():
+    points, frame, denoised = next(noisy_frames(mean=5.8, count=5, frames=1, seed=9))
+    here = columns.refine(frame, denoised, *points.T, **FIT)
+    there = columns.refine(torch.as_tensor(frame).cuda(), torch.as_tensor(denoised).cuda(), *points.T, **FIT)
+    assert all(np.allclose(here[name], there[name], rtol=1e-8, atol=1e-8) for name in here)
+
+
+def test_hopeless_starts_are_kept_and_say_so():
+    image = oracle.gaussians((64, 64), [(20.0, 20.0, 8.0)], width=2.5, background=10.0)
+    image[40:, 40:] = np.nan
+    found = columns.refine(image, image, [20.2, 50.0, 40.0], [20.1, 50.0, 10.0], **FIT)
+    assert found["fitted"][:2].tolist() == [1.0, 0.0]
+    assert (found["y"][1], found["x"][1], found["significance"][1]) == (50.0, 50.0, 0.0)
+    assert found["y_err"][1] > 10 * found["y_err"][0]
+    assert abs(found["significance"][2]) < 1e-3
+    assert all(np.isfinite(values).all() for values in found.values())
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_few_columns(count):
+    image = oracle.gaussians((48, 48), [(16.0, 16.0, 5.0), (30.0, 30.0, 5.0)], width=2.5, background=5.0)
+    found = columns.refine(image, image, [16.0, 30.0][:count], [16.0, 30.0][:count], **FIT)
+    assert {len(values) for values in found.values()} == {count}
+    np.testing.assert_allclose(found["y"], [16.0, 30.0][:count], atol=1e-3)
+
+
+def test_starts_on_one_spot_do_not_break_the_fit():
+    image = oracle.gaussians((48, 48), [(16.0, 16.0, 5.0)], width=2.5, background=5.0)
+    found = columns.refine(image, image, [16.0] * 12, [16.0] * 12, **FIT)
+    assert all(np.isfinite(values).all() for values in found.values())
+
+
+# --- what is reported -----------------------------------------------------------------------------------------------
+
+
+def test_the_margin_is_measured_from_the_edge_of_the_pixels():
+    y = np.array([4.49, 4.5, 10.0, 24.5, 24.51])
+    assert columns.inside(y, np.full(5, 10.0), shape=(30, 20), margin=5.0).tolist() == [False, True, True, True, False]
+    assert columns.inside(np.full(5, 10.0), y - 10, shape=(30, 20), margin=5.0).tolist() == [False] * 3 + [True, False]
+
+
+def test_weak_and_doubled_columns_are_not_reported():
+    table = {
+        "y": np.array([10.0, 10.0, 10.4, 20.0]),
+        "x": np.array([10.0, 20.0, 20.0, 20.0]),
+        "significance": np.array([0.9, 3.0, 4.0, 1.1]),
+    }
+    keep = columns.reported(table, shape=(40, 40), margin=5.0, min_significance=1.0, min_distance=6.0)
+    assert keep.tolist() == [False, False, True, True]
+
+
+# --- species --------------------------------------------------------------------------------------------------------
+
+
+def test_species_without_a_model():
+    named, nobody = assign_species(3, only="Au"), assign_species(2, only=None)
+    assert (named.name.tolist(), named.probability.tolist(), named.classes) == (["Au"] * 3, [1.0] * 3, ("Au",))
+    assert nobody.name.tolist() == ["unknown"] * 2
+    assert np.isnan(nobody.probability).all()
+    assert count_species(named.name, classes=("Si", "Au")).tolist() == [0, 3]
