@@ -1,0 +1,262 @@
+"""Train a denoising network on the very movie it will denoise: seeded, a fixed number of steps, checked afterwards."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.networks.blindspot import scale_of
+from pipeline.networks.weights import build
+from pipeline.steps.denoise import (
+    DenoisingNetwork,
+    DType,
+    FrameLinks,
+    Level,
+    neighbour_stack,
+    one_thread,
+    reduced_precision,
+)
+
+# Squares of this many pixels are held out, one in HOLD_SHARE: wider than the noise of any detector is correlated.
+HOLD_SQUARE = 16
+HOLD_SHARE = 10
+RUN_LENGTH = 12
+CHECK_FRAMES = 12
+SLOT_DROPOUT = 0.1
+
+
+class SamplePlan(NamedTuple):
+    """Which parts of which frames a training sample is made of; chosen from the movie by a fixed rule."""
+
+    frames: NDArray[np.int64]
+    """(m,) frame numbers."""
+    run: NDArray[np.int64]
+    """(m,): frames of one run follow each other in the movie and show one region."""
+    top: NDArray[np.int64]
+    left: NDArray[np.int64]
+    """(m,) corner of the region that is read [px]."""
+    height: int
+    width: int
+
+
+class Sample(NamedTuple):
+    """Frames (m, y, x) [electrons] to train on, how they are linked, and the brightness of the movie."""
+
+    frames: Tensor
+    links: FrameLinks
+    level: Level
+
+
+class Adapted(NamedTuple):
+    """A network in evaluation mode, and what its training did."""
+
+    network: nn.Module
+    record: dict[str, Any]
+
+
+def plan_sample(
+    shape: tuple[int, int, int], *, good: NDArray[np.bool_], run: NDArray[np.int64], max_frames: int, max_side: int
+) -> SamplePlan:
+    """Choose at most `max_frames` regions of at most `max_side` squared pixels from a movie of `shape` (time, y, x).
+
+    A movie that fits is taken whole. Otherwise runs of consecutive frames are spread evenly over time, each showing
+    another region, spread over the frame by a low-discrepancy sequence. `good` (n,) and `run` (n,) describe the frames
+    of the movie (see `FrameLinks`); bad frames are planned like others and stay marked in the links of the sample.
+    """
+    n, rows, columns = shape
+    height, width = min(rows, max_side), min(columns, max_side)
+    whole = (height, width) == (rows, columns)
+    if n <= max_frames and whole:
+        frames = np.arange(n)
+        return SamplePlan(
+            frames, np.asarray(run, dtype=np.int64), np.zeros_like(frames), np.zeros_like(frames), rows, columns
+        )
+    length = min(RUN_LENGTH, max_frames, n)
+    count = max(1, min(max_frames // length, -(-n // length) if whole else max_frames // length))
+    starts = np.round(np.linspace(0, n - length, count)).astype(np.int64)
+    # Multiples of the inverse powers of the plastic number (Roberts' R2 sequence).
+    spread = (0.5 + np.outer(np.arange(count), [0.7548776662, 0.5698402910])) % 1
+    corners = np.floor(spread * [rows - height + 1, columns - width + 1]).astype(np.int64)
+    frames = (starts[:, None] + np.arange(length)).ravel()
+    # A gap in the movie inside one of our runs must stay a gap.
+    joint = np.repeat(np.arange(count), length) * (int(np.max(run)) + 1) + np.asarray(run)[frames]
+    top, left = np.repeat(corners, length, axis=0).T
+    return SamplePlan(frames, joint, top, left, height, width)
+
+
+def training_sample(
+    frames: NDArray[np.float32],
+    *,
+    plan: SamplePlan,
+    whole_px_drift: NDArray[np.int64],
+    good: NDArray[np.bool_],
+    level: Level,
+) -> Sample:
+    """Bind planned regions (m, y, x) [electrons] to the drift (n, 2) [whole px] and good (n,) of the whole movie."""
+    links = FrameLinks(np.asarray(whole_px_drift)[plan.frames], np.asarray(good)[plan.frames], plan.run)
+    return Sample(torch.as_tensor(np.ascontiguousarray(frames, dtype=np.float32)), links, level)
+
+
+def untrained(architecture: str, config: dict[str, Any], *, seed: int) -> nn.Module:
+    """A network of a registered architecture with seeded initial weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(architecture, config)
+
+
+def adapt(
+    network: nn.Module,
+    sample: Sample,
+    *,
+    steps: int,
+    crop: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+    dtype: DType,
+) -> Adapted:
+    """Train a copy of `network` for `steps` steps on `sample` and keep the better of the two.
+
+    The loss is the squared difference to the noisy frame in units of the noise: unbiased for counts and for frames with
+    negative values alike, and, the network being blind, minimal for the expected image. One in ten squares of 16 px is
+    never a target; there the risk of both networks is compared (E(y - mu)² - variance estimates the error of a
+    blind estimate), and training that did not help is thrown away. `crop` [px], `batch` crops per step; Adam with a
+    learning rate that falls as a cosine. The same arguments give the same bits on one machine (one thread).
+    """
+    begin = time.perf_counter()
+    trained = copy.deepcopy(network)
+    device = next(trained.parameters()).device
+    held = _held_out(sample, seed=seed)
+    usable = np.flatnonzero(sample.links.good)
+    with one_thread():
+        before = _risk(network, sample, held, dtype=dtype)
+        if len(usable) and steps:
+            batches = _Batches(sample, held, crop=crop, batch=batch, seed=seed)
+            _train(trained, batches, steps=steps, learning_rate=learning_rate, dtype=dtype)
+        after = _risk(trained, sample, held, dtype=dtype)
+    kept = bool(np.isfinite(after) and (after < before or not np.isfinite(before)))
+    record = {
+        "initial_risk": before,
+        "final_risk": after,
+        "kept": "adapted" if kept else "initial",
+        "steps": steps,
+        "seconds": time.perf_counter() - begin,
+        "sample_frames": len(sample.frames),
+        "device": str(device),
+    }
+    return Adapted((trained if kept else copy.deepcopy(network)).eval(), record)
+
+
+def _offsets(network: nn.Module) -> tuple[int, ...]:
+    return cast(DenoisingNetwork, network).offsets
+
+
+def _held_out(sample: Sample, *, seed: int) -> Tensor:
+    """Pixels that are never a training target, (m, y, x) bool."""
+    m, height, width = sample.frames.shape
+    generator = torch.Generator().manual_seed(seed + 1)
+    shape = (m, -(-height // HOLD_SQUARE), -(-width // HOLD_SQUARE))
+    held = torch.randint(0, HOLD_SHARE, shape, generator=generator) == 0
+    held[:, 0, 0] |= ~held.flatten(1).any(1)  # a frame of few squares holds out one at least
+    held = held.repeat_interleave(HOLD_SQUARE, 1).repeat_interleave(HOLD_SQUARE, 2)
+    return held[:, :height, :width].contiguous()
+
+
+class _Batches:
+    """Random crops of a sample with their neighbours, turned and mirrored in space and time."""
+
+    def __init__(self, sample: Sample, held: Tensor, *, crop: int, batch: int, seed: int) -> None:
+        self.sample, self.held, self.batch = sample, held, batch
+        self.generator = torch.Generator().manual_seed(seed)
+        self.usable = np.flatnonzero(sample.links.good)
+        self.side = max(2, min(crop, *sample.frames.shape[-2:]) // 2 * 2)
+
+    def _random(self, stop: int) -> int:
+        return int(torch.randint(0, stop, (), generator=self.generator))
+
+    def draw(self, offsets: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Stack, validity (batch, slot, y, x), target and weight (batch, y, x)."""
+        crops = [self._one(offsets) for _ in range(self.batch)]
+        stack, valid, target, weight = (torch.stack(parts) for parts in zip(*crops, strict=True))
+        return stack, valid, target, weight
+
+    def _one(self, offsets: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        frames, links, level = self.sample
+        index = int(self.usable[self._random(len(self.usable))])
+        top, left = (self._random(size - self.side + 1) for size in frames.shape[-2:])
+        region = (top, left, self.side, self.side)
+        stack, valid = neighbour_stack(frames, index, offsets=offsets, links=links, fill=level.mean, region=region)
+        here = (index, slice(top, top + self.side), slice(left, left + self.side))
+        target = frames[here]
+        weight = (~self.held[here] & torch.isfinite(target)).float()
+        target = torch.nan_to_num(target, nan=level.mean, posinf=level.mean, neginf=level.mean)
+        turn = self._random(16)
+        if turn & 8:
+            stack, valid = stack.flip(0), valid.flip(0)
+        if self._random(1000) < 1000 * SLOT_DROPOUT:
+            # The ends of movies: only neighbours up to some distance, on one side, are there.
+            reach, side = self._random(max(abs(o) for o in offsets) + 1), self._random(2) * 2 - 1
+            for slot, offset in enumerate(offsets):
+                if offset * side > reach:
+                    stack[slot], valid[slot] = level.mean, False
+        return _turned(stack, turn), _turned(valid, turn), _turned(target, turn), _turned(weight, turn)
+
+
+def _turned(image: Tensor, turn: int) -> Tensor:
+    """One of the eight symmetries of the square, applied to the last two axes."""
+    if turn & 1:
+        image = image.flip(-1)
+    if turn & 2:
+        image = image.flip(-2)
+    return image.transpose(-1, -2) if turn & 4 else image
+
+
+def _train(network: nn.Module, batches: _Batches, *, steps: int, learning_rate: float, dtype: DType) -> None:
+    """Minimise the squared error in units of the noise over `steps` batches."""
+    network.train()
+    device = next(network.parameters()).device
+    optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate, betas=(0.9, 0.99))
+    warm_up = max(1, min(100, steps // 10))
+    level = torch.tensor([batches.sample.level], dtype=torch.float32, device=device).repeat(batches.batch, 1)
+    scale = scale_of(level)[:, None, None]
+    for step in range(steps):
+        rate = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + np.cos(np.pi * step / steps))
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate * rate
+        stack, valid, target, weight = (part.to(device) for part in batches.draw(_offsets(network)))
+        with reduced_precision(str(device), dtype):
+            estimate = network(stack, valid, level)
+        loss = (weight * ((target - estimate) / scale) ** 2).sum() / weight.sum().clamp_min(1)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimiser.step()
+    network.eval()
+
+
+def _risk(network: nn.Module, sample: Sample, held: Tensor, *, dtype: DType) -> float:
+    """Estimated mean squared error over the squared mean, from pixels that were never a target."""
+    frames, links, level = sample
+    device = next(network.parameters()).device
+    usable = np.flatnonzero(links.good)
+    chosen = usable[np.unique(np.linspace(0, len(usable) - 1, CHECK_FRAMES).round().astype(int))] if len(usable) else []
+    levels = torch.tensor([level], dtype=torch.float32, device=device)
+    total, count = 0.0, 0
+    with torch.inference_mode(), reduced_precision(str(device), dtype):
+        for index in chosen:
+            stack, valid = neighbour_stack(frames, int(index), offsets=_offsets(network), links=links, fill=level.mean)
+            estimate = network(stack[None].to(device), valid[None].to(device), levels)[0].cpu()
+            use = held[index] & torch.isfinite(frames[index])
+            difference = (frames[index] - estimate)[use].double()
+            readout = level.variance - level.mean
+            # The noise of a count is estimated by the count itself; that of a difference of networks cancels.
+            total += float((difference**2 - frames[index][use].double() - readout).sum())
+            count += int(use.sum())
+    return total / count / level.mean**2 if count else float("nan")

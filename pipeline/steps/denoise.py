@@ -1,0 +1,213 @@
+"""Denoise frames with a blind-spot network that sees each frame's neighbours, moved by whole pixels only.
+
+Whatever the result of frame t depends on is chosen from the movie: its neighbours t + k, the path of the drift, which
+frames are good. Frames are processed one by one on a fixed grid of windows, so that no cut into blocks can matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+class FrameLinks(NamedTuple):
+    """How frames follow each other: what a frame may take from which other frame."""
+
+    drift: NDArray[np.int64]
+    """(n, 2) [whole px], y then x: how the specimen moved since frame 0."""
+    good: NDArray[np.bool_]
+    """(n,): frames that can be used."""
+    run: NDArray[np.int64]
+    """(n,): frames of another run are not neighbours (a gap in time lies between)."""
+
+
+class Level(NamedTuple):
+    """Brightness of the whole movie, which fixes the input scale of the network."""
+
+    mean: float
+    """Mean of the good frames [electrons per pixel]."""
+    variance: float
+    """Noise variance at the mean [electrons²]."""
+
+
+class DenoisingNetwork(Protocol):
+    """What this step needs of a network (see `pipeline.networks.blindspot` and `wcvd`)."""
+
+    offsets: tuple[int, ...]
+    receptive_radius: int
+    periodic: bool
+
+    def __call__(self, frames: Tensor, valid: Tensor, level: Tensor) -> Tensor:
+        """(batch, slot, y, x) electrons and validity, (batch, 2) level, to (batch, y, x) electrons."""
+
+
+def frame_runs(time: NDArray[np.float64], *, max_gap: float) -> NDArray[np.int64]:
+    """Number the runs of frames between gaps, (n,).
+
+    time (n,) [s]; a gap is an interval of more than `max_gap` times the median interval, or one that is not positive.
+    """
+    steps = np.diff(np.asarray(time, dtype=np.float64))
+    typical = np.median(steps) if len(steps) else 0.0
+    breaks = (steps > max_gap * typical) | (steps <= 0) if typical > 0 else np.zeros(len(steps), dtype=bool)
+    return np.concatenate([[0], np.cumsum(breaks)]).astype(np.int64)[: len(time)]
+
+
+def measure_level(frames: NDArray[np.float32], *, readout_variance: float) -> Level:
+    """Mean and noise variance of sample frames (n, y, x) [electrons] of one movie, from their finite pixels.
+
+    A mean that is not positive (frames of readout noise only) is replaced by a thousandth of an electron.
+    """
+    values = [frame[np.isfinite(frame)] for frame in frames]
+    count = sum(v.size for v in values)
+    mean = max(sum(float(v.sum(dtype=np.float64)) for v in values) / max(count, 1), 1e-3)
+    return Level(mean, mean + max(float(readout_variance), 0.0))
+
+
+def neighbour_stack(
+    frames: NDArray[np.float32] | Tensor,
+    index: int,
+    *,
+    offsets: Sequence[int],
+    links: FrameLinks,
+    fill: float,
+    region: tuple[int, int, int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Frame `index` between its neighbours, each moved onto its detector grid by whole pixels.
+
+    frames (n, y, x) [electrons]; `links` describe the same n frames; `region` (top, left, height, width) [px] cuts a
+    window of frame `index`, by default the whole. Returns the stack (slot, y, x), slots in the order of `offsets`,
+    and where it is valid, (slot, y, x) bool. Pixels from outside a neighbour, and slots of frames that do not exist,
+    are bad or lie beyond a gap, are not valid and hold `fill`. No neighbour slot ever holds frame `index`.
+    """
+    frames = torch.as_tensor(frames)
+    height, width = (int(size) for size in frames.shape[-2:])
+    top, left, rows, columns = region or (0, 0, height, width)
+    stack = torch.full((len(offsets), rows, columns), float(fill), dtype=torch.float32, device=frames.device)
+    valid = torch.zeros(stack.shape, dtype=torch.bool, device=frames.device)
+    for slot, offset in enumerate(offsets):
+        other = index + offset
+        if not 0 <= other < len(frames) or not links.good[other] or links.run[other] != links.run[index]:
+            continue
+        dy, dx = (int(d) for d in links.drift[other] - links.drift[index])
+        # What the specimen shows at pixel p of frame `index` lies at p + (dy, dx) in the neighbour.
+        y0, y1 = max(0, -top - dy), min(rows, height - top - dy)
+        x0, x1 = max(0, -left - dx), min(columns, width - left - dx)
+        if y0 >= y1 or x0 >= x1:
+            continue
+        part = frames[other, top + dy + y0 : top + dy + y1, left + dx + x0 : left + dx + x1].float()
+        finite = torch.isfinite(part)
+        stack[slot, y0:y1, x0:x1] = torch.where(finite, part, stack[slot, y0:y1, x0:x1])
+        valid[slot, y0:y1, x0:x1] = finite
+    return stack, valid
+
+
+def windows(size: int, tile: int | None, halo: int) -> list[tuple[slice, slice]]:
+    """Cut [0, size) into cores of `tile` pixels; (core, core with halo) pairs whose windows stay inside.
+
+    `tile` is rounded up to even and `halo` too, so that every window begins on an even pixel, as the whole frame does.
+    """
+    step = size if tile is None else tile + tile % 2
+    halo += halo % 2
+    cores = [slice(start, min(start + step, size)) for start in range(0, size, step)]
+    return [(core, slice(max(core.start - halo, 0), min(core.stop + halo, size))) for core in cores]
+
+
+def denoise(
+    network: DenoisingNetwork,
+    frames: NDArray[np.float32] | Tensor,
+    indices: Sequence[int],
+    *,
+    links: FrameLinks,
+    level: Level,
+    tile: int | None,
+    dtype: DType,
+    device: str = "cpu",
+) -> NDArray[np.float32]:
+    """Estimate the frames `indices`, (len(indices), y, x) [electrons], each on its own detector grid.
+
+    frames (n, y, x) [electrons]: the frames wanted and all their neighbours that the movie has; `links` describe the
+    same n frames; `level` is that of the whole movie. `tile` [px] bounds the memory (none: whole frames at once) and,
+    like `dtype` (auto: bfloat16 where the processor has it), may change the last bits. `network` must be on `device`.
+    """
+    images = torch.as_tensor(frames).to(device)
+    out = np.empty((len(indices), *images.shape[-2:]), dtype=np.float32)
+    with torch.inference_mode(), one_thread(), reduced_precision(device, dtype):
+        for i, index in enumerate(indices):
+            out[i] = _one_frame(network, images, int(index), links=links, level=level, tile=tile).cpu().numpy()
+    return out
+
+
+def _one_frame(
+    network: DenoisingNetwork, frames: Tensor, index: int, *, links: FrameLinks, level: Level, tile: int | None
+) -> Tensor:
+    """One frame, window by window; each window carries as many neighbouring pixels as the network can see."""
+    height, width = (int(size) for size in frames.shape[-2:])
+    halo = network.receptive_radius
+    levels = torch.tensor([level], dtype=torch.float32, device=frames.device)
+    if network.periodic:
+        return _one_periodic_frame(network, frames, index, links=links, levels=levels, tile=tile)
+    out = torch.empty((height, width), dtype=torch.float32, device=frames.device)
+    for y, wy in windows(height, tile, halo):
+        for x, wx in windows(width, tile, halo):
+            region = (wy.start, wx.start, wy.stop - wy.start, wx.stop - wx.start)
+            stack, valid = neighbour_stack(
+                frames, index, offsets=network.offsets, links=links, fill=level.mean, region=region
+            )
+            estimate = network(stack[None], valid[None], levels)[0]
+            out[y, x] = estimate[y.start - wy.start : y.stop - wy.start, x.start - wx.start : x.stop - wx.start]
+    return out
+
+
+def _one_periodic_frame(
+    network: DenoisingNetwork, frames: Tensor, index: int, *, links: FrameLinks, levels: Tensor, tile: int | None
+) -> Tensor:
+    """As `_one_frame` for a network that joins opposite edges: windows are cut from the wrapped frame."""
+    fill = float(levels[0, 0])
+    stack, valid = neighbour_stack(frames, index, offsets=network.offsets, links=links, fill=fill)
+    if tile is None:
+        return network(stack[None], valid[None], levels)[0]
+    r = network.receptive_radius
+    stack = torch.nn.functional.pad(stack[None], (r, r, r, r), mode="circular")
+    valid = torch.nn.functional.pad(valid[None].float(), (r, r, r, r), mode="circular") > 0
+    out = torch.empty(frames.shape[-2:], dtype=torch.float32, device=frames.device)
+    for y, _ in windows(out.shape[0], tile, 0):
+        for x, _ in windows(out.shape[1], tile, 0):
+            cut = (..., slice(y.start, y.stop + 2 * r), slice(x.start, x.stop + 2 * r))
+            estimate = network(stack[cut], valid[cut], levels)[0]
+            out[y, x] = estimate[r : r + y.stop - y.start, r : r + x.stop - x.start]
+    return out
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether bfloat16 convolutions are faster than float32 on `device`."""
+    if device.startswith("cuda"):
+        return bool(torch.cuda.is_bf16_supported())
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(check()) for check in (getattr(torch.cpu, name, None) for name in names) if check is not None)
+
+
+@contextmanager
+def reduced_precision(device: str, dtype: DType) -> Iterator[None]:
+    """Compute in bfloat16 if `dtype` asks for it, or leaves it open and the device gains from it."""
+    enabled = dtype == "bfloat16" or (dtype == "auto" and has_bfloat16(device))
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=enabled):
+        yield
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one CPU thread: the last bits of a convolution depend on how many share it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.networks.blindspot import BlindSpot
+from pipeline.networks.wcvd import WCVD
+
+TIERS = {
+    1440: {"frames": 5, "channels": 16, "dilations": [2]},
+    5000: {"frames": 7, "channels": 32, "dilations": [2]},
+    20000: {"frames": 7, "channels": 48, "dilations": [2, 4, 2]},
+}
+LEVEL = torch.tensor([[0.7, 0.9]])
+
+
+def make(seed=0, **config):
+    torch.manual_seed(seed)
+    network = BlindSpot(**(config or TIERS[20000]))
+    with torch.no_grad():  # no weight may be zero by initialisation, or a leak could hide behind it
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+def gradient(network, shape, point):
+    dtype = next(network.parameters()).dtype
+    frames = torch.rand(1, len(network.offsets), *shape, dtype=dtype, requires_grad=True)
+    estimate = network(frames, torch.ones_like(frames), LEVEL)
+    assert estimate.shape == (1, *shape)
+    (g,) = torch.autograd.grad(estimate[0, point[0], point[1]], frames)
+    return g[0]
+
+
+@pytest.mark.parametrize("shape", [(16, 20), (13, 15)])
+def test_no_pixel_sees_itself_or_its_block(shape):
+    network = make()
+    h, w = shape
+    for y, x in [(0, 0), (0, w - 1), (h - 1, 0), (h - 1, w - 1), (6, 6), (6, 7), (7, 6), (7, 7), (h - 2, w - 2)]:
+        centre = gradient(network, shape, (y, x))[3]
+        block = centre[y // 2 * 2 : y // 2 * 2 + 2, x // 2 * 2 : x // 2 * 2 + 2]
+        assert torch.count_nonzero(block) == 0
+        assert torch.count_nonzero(centre) > 50
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from(sorted(TIERS)), st.integers(6, 17), st.integers(6, 17), st.data())
+def test_every_tier_is_blind_everywhere(tier, height, width, data):
+    network = make(**TIERS[tier])
+    y, x = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    assert gradient(network, (height, width), (y, x))[len(network.offsets) // 2, y, x] == 0
+
+
+def test_neighbours_are_seen_at_the_pixel_itself():
+    g = gradient(make(), (16, 16), (7, 8))
+    assert all(g[slot, 7, 8] != 0 for slot in (0, 1, 2, 4, 5, 6))
+
+
+def test_the_receptive_radius_is_not_exceeded():
+    network = make()
+    for point in [(40, 40), (41, 40), (40, 41)]:
+        seen = torch.nonzero(gradient(network, (80, 80), point).abs().sum(0))
+        assert (seen - torch.tensor(point)).abs().max() <= network.receptive_radius
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_cost_of_the_tiers(tier):
+    assert BlindSpot(**TIERS[tier]).macs_per_pixel <= 1.02 * tier
+
+
+def test_invalid_slots_do_not_matter():
+    network = make()
+    frames = torch.rand(1, 7, 12, 12)
+    valid = torch.ones_like(frames)
+    valid[:, 5:] = 0
+    other = frames.clone()
+    other[:, 5:] = 100
+    assert torch.equal(network(frames, valid, LEVEL), network(other, valid, LEVEL))
+    assert not torch.equal(network(frames, valid, LEVEL), network(frames, torch.ones_like(frames), LEVEL))
+
+
+@pytest.mark.parametrize("config", [{"frames": 4}, {"channels": 24}, {"dilations": [2, 3]}])
+def test_configurations_that_break_the_blind_spot_are_refused(config):
+    with pytest.raises(ValueError, match="expected"):
+        BlindSpot(**{**TIERS[20000], **config})
+
+
+def wcvd():
+    torch.manual_seed(0)
+    return WCVD(kernels=(3, 5, 7), layers=4, channels=3)
+
+
+def test_wcvd_has_the_published_size():
+    network = wcvd()
+    assert sum(p.numel() for p in network.parameters()) == 867
+    assert network.macs_per_pixel == 864
+    assert sum(int((1 - m.mask).sum()) * 3 for m in network.modules() if hasattr(m, "mask")) == 9  # frozen zeros
+
+
+def test_wcvd_is_blind_homogeneous_and_periodic():
+    network = wcvd().double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.rand_like(parameter))
+    for point in [(0, 0), (11, 15), (5, 6)]:
+        g = gradient(network, (12, 16), point)
+        assert g[1, point[0], point[1]] == 0
+        assert g[0, point[0], point[1]] != 0
+        assert torch.count_nonzero(g) == 146
+    frames = torch.rand(1, 3, 12, 16, dtype=torch.float64)
+    ones = torch.ones_like(frames)
+    estimate = network(frames, ones, LEVEL)
+    torch.testing.assert_close(network(3 * frames, ones, 3 * LEVEL), 3 * estimate)
+    torch.testing.assert_close(network(3 * frames, ones, LEVEL), 3 * estimate)
+    torch.testing.assert_close(network(frames.roll(5, -1), ones, LEVEL), estimate.roll(5, -1))
