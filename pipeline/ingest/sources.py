@@ -1,0 +1,165 @@
+"""From what the user names (files, folders, globs) to movies, in natural order."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from natsort import natsorted, ns
+
+from pipeline.ingest.readers import STACK, inspect, reader_for
+from schemas.errors import SourceError
+
+ZARR_MARKS = ("zarr.json", ".zgroup", ".zarray")
+
+
+@dataclass(frozen=True)
+class MovieFiles:
+    """The files of one movie in order, and the reader that claims them."""
+
+    name: str
+    paths: tuple[Path, ...]
+    reader: str
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """Movies found, and what was passed over with the reason."""
+
+    movies: tuple[MovieFiles, ...]
+    ignored: tuple[tuple[Path, str], ...]
+
+
+def discover(patterns: Sequence[str | Path], *, dataset: str | None = None) -> Discovery:
+    """Movies among files, folders and globs: single-frame files of a folder form one movie, others one movie each.
+
+    A folder is not searched in depth (a glob with ** is). What a folder or glob leads to outside of itself (links) and
+    what no reader claims is listed as ignored. Raises SourceError for a name that does not exist.
+    """
+    ignored: dict[Path, str] = {}
+    claimed: dict[Path, Path] = {}  # resolved -> as named: a file named twice counts once
+    for pattern in patterns:
+        for path in _expand(str(pattern), ignored):
+            claimed.setdefault(path.resolve(), path)
+    movies = _group(list(claimed.values()), dataset)
+    return Discovery(tuple(movies), tuple(ignored.items()))
+
+
+def _expand(pattern: str, ignored: dict[Path, str]) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir() and not is_zarr(path):
+        return _claim(_natural(path.iterdir()), path, ignored)
+    if path.exists():
+        return _claim([path], None, ignored)
+    if glob.has_magic(pattern):
+        found = _natural(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207
+        fixed = path.parts[: _first_magic(path)]
+        base = Path(*fixed) if fixed else Path()
+        if not found:
+            raise SourceError(f"{pattern}: no file matches. Expected a file, a folder, or a pattern that matches some.")
+        return _claim([item for item in found if not (item.is_dir() and not is_zarr(item))], base, ignored)
+    near = difflib.get_close_matches(path.name, [item.name for item in _siblings(path)], n=1)
+    remedy = f" Did you mean {near[0]!r}?" if near else f" Paths are relative to {Path.cwd()}."
+    raise SourceError(f"{pattern}: no such file or folder.{remedy}")
+
+
+def _first_magic(path: Path) -> int:
+    return next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
+
+
+def _siblings(path: Path) -> list[Path]:
+    return list(path.parent.iterdir()) if path.parent.is_dir() else []
+
+
+def _claim(paths: Iterable[Path], base: Path | None, ignored: dict[Path, str]) -> list[Path]:
+    """Paths that a reader claims; a listing or glob must not leave the folder `base` (None: named by the user)."""
+    claimed: list[Path] = []
+    for path in paths:
+        if base is not None and not path.resolve().is_relative_to(base.resolve()):
+            ignored[path] = f"leads out of {base} (to {path.resolve()}); name that file itself if it is meant"
+        elif base is not None and path.name.startswith("."):
+            ignored[path] = "hidden"
+        elif path.is_dir():
+            if is_zarr(path):
+                claimed.append(path)
+            else:
+                ignored[path] = "a folder within the folder; name it itself, or use a pattern with **"
+        elif path.suffix.lower() == ".emi":
+            sers = _natural(path.parent.glob(f"{glob.escape(path.stem)}_*.ser"))
+            ignored[path] = (
+                f"metadata of {sers[0].name}" if sers else f"its images ({path.stem}_1.ser) are not beside it"
+            )
+            claimed += sers if base is None else []
+        elif reader_for(path) is None:
+            ignored[path] = f"no reader for {path.suffix or 'names without ending'}"
+        else:
+            claimed.append(path)
+    return claimed
+
+
+def _group(paths: list[Path], dataset: str | None) -> list[MovieFiles]:
+    """Movies in the order in which their first file was named."""
+    groups: dict[tuple[str, ...], list[Path]] = {}
+    singles: set[tuple[str, ...]] = set()
+    for path in paths:
+        key, single = _key(path, dataset)
+        groups.setdefault(key, []).append(path)
+        if single:
+            singles.add(key)
+    movies = []
+    for key, members in groups.items():
+        if key[0] == "folder" and key not in singles:  # nothing but damaged files: each is its own trouble
+            movies += [MovieFiles(path.stem, (path,), key[2]) for path in members]
+            continue
+        ordered = tuple(_natural(members))
+        name = _name(key, ordered)
+        movies.append(MovieFiles(name, ordered, key[2]))
+    return movies
+
+
+def _key(path: Path, dataset: str | None) -> tuple[tuple[str, ...], bool]:
+    """What a file is grouped by, and whether it is known to hold a single frame."""
+    if path.is_dir():
+        return ("file", str(path), STACK if is_stack(path) else "zarr"), False
+    reader = reader_for(path)
+    if reader is None:  # _claim has seen to it
+        raise SourceError(f"{path}: no reader claims it.")
+    if reader.name == "tvips":
+        return ("parts", str(path.parent / path.stem.rpartition("_")[0]), "tvips"), False
+    try:
+        facts = inspect(path, reader.name, dataset)
+    except SourceError:  # damaged: it belongs to the single frames beside it, if there are any
+        return ("folder", str(path.parent), reader.name), False
+    if facts.planes == 1:
+        return ("folder", str(path.parent), reader.name), True
+    return ("file", str(path), reader.name), False
+
+
+def _name(key: tuple[str, ...], paths: tuple[Path, ...]) -> str:
+    if key[0] == "parts":
+        return Path(key[1]).name or paths[0].stem
+    if len(paths) == 1:
+        return paths[0].stem
+    return paths[0].resolve().parent.name
+
+
+def is_zarr(path: Path) -> bool:
+    """Whether a folder is a Zarr array or group."""
+    return path.is_dir() and any((path / mark).is_file() for mark in ZARR_MARKS)
+
+
+def is_stack(path: Path) -> bool:
+    """Whether a Zarr group says that it is a stack of Colonnade."""
+    try:
+        attributes = json.loads((path / "zarr.json").read_text(encoding="utf-8")).get("attributes") or {}
+        return bool((attributes.get("colonnade") or {}).get("kind") == "stack")
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _natural(paths: Iterable[Path]) -> list[Path]:
+    return list(natsorted(paths, key=str, alg=ns.PATH))
