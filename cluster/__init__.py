@@ -1,0 +1,5 @@
+"""Where a job runs."""
+
+from cluster.connect import connect
+
+__all__ = ["connect"]

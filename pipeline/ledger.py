@@ -50,7 +50,7 @@ class Lease:
         if holder is not None and is_alive(holder):
             raise ResourceError(
                 f"{self.path.parent} is in use by process {holder['pid']} on {holder['host']} (last sign of life "
-                f"{time.time() - holder['heartbeat']:.0f} s ago); wait for it or stop it, then run the same command again"
+                f"{time.time() - holder['heartbeat']:.0f} s ago); stop it or wait, then run the same command again"
             )
         self._write()
         self._thread.start()
@@ -101,7 +101,7 @@ def is_alive(holder: Mapping[str, Any]) -> bool:
     """Whether the driver that a lease names still lives: by its process here, by its heartbeat elsewhere."""
     if holder["host"] == socket.gethostname():
         try:
-            return abs(psutil.Process(holder["pid"]).create_time() - holder["started"]) < 1.0
+            return bool(abs(psutil.Process(holder["pid"]).create_time() - holder["started"]) < 1.0)
         except psutil.NoSuchProcess:
             return False
     return bool(time.time() - holder["heartbeat"] < SILENCE)
@@ -126,6 +126,7 @@ class Ledger:
     folder: Path
     lease: Lease | None = None
     _known: dict[Block, tuple[str, str, str]] = field(default_factory=dict)
+    _rows: dict[Block, int] = field(default_factory=dict)
     _deps: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
     _pending: list[dict[str, Any]] = field(default_factory=list)
     _flushed: float = field(default_factory=time.monotonic)
@@ -141,15 +142,17 @@ class Ledger:
         if record["kind"] == "block":
             key = (record["step"], record["start"], record["stop"])
             self._known[key] = (record["fingerprint"], record["status"], record.get("reason", ""))
+            self._rows[key] = int(record.get("rows", 0))
         elif record["kind"] == "deps":
             self._deps[record["step"]] = (record["fingerprint"], record["deps"])
-        elif record["kind"] == "redo":
-            for key in [key for key in self._known if key[0] in record["steps"]]:
-                del self._known[key]
 
     def state(self, step: str, start: int, stop: int) -> tuple[str, str, str] | None:
         """(fingerprint, status, reason) of the newest record of a block, or None."""
         return self._known.get((step, start, stop))
+
+    def rows(self, step: str, start: int, stop: int) -> int:
+        """Rows of the block's table when it was last finished."""
+        return self._rows[(step, start, stop)]
 
     def is_done(self, step: str, start: int, stop: int, fingerprint: str) -> bool:
         """Whether the block was finished with this fingerprint."""

@@ -71,7 +71,7 @@ class Stacks(Section):
 class Blocks(Section):
     """How a movie is cut into tasks; never changes a result."""
 
-    frames: Count = Field(16, description="frames that one task owns")
+    frames: Count | None = Field(None, description="frames that one task owns; default: by frame size, 4 to 16")
 
 
 class Detector(Section):
@@ -104,6 +104,15 @@ class Denoise(Section):
     steps: Count = Field(1500, description="training steps of adapt and scratch")
     seed: int = Field(0, description="seed of the training")
     sample_frames: Count = Field(64, description="frames of the movie that adaptation may read")
+    sample_side: Count = Field(512, description="edge in pixels of the regions that adaptation reads")
+    crop: Count = Field(96, description="edge in pixels of a training crop")
+    batch: Count = Field(6, description="crops per training step")
+    learning_rate: Positive = Field(3e-3, description="largest learning rate of Adam")
+    max_gap: Positive = Field(2.5, description="a longer gap, in median frame intervals, parts neighbours")
+    tile: Count | None = Field(1024, description="edge in pixels of a tile of inference; none: the whole frame")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="number format of the network; auto: bfloat16 where the processor has it"
+    )
 
 
 class Lowpass(Section):

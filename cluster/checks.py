@@ -1,0 +1,75 @@
+"""Before work is sent: do the workers exist, run this very copy, and own what they were asked to own?"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+from distributed import Client
+
+import schemas
+from schemas.errors import ResourceError
+from schemas.profiles import Profile
+
+PACKAGES = ("schemas", "pipeline", "cluster")
+LIBRARIES = ("colonnade", "dask", "distributed", "numpy", "torch", "xarray", "zarr")
+
+
+def code_digest() -> str:
+    """Digest of the source files of our packages, as imported here."""
+    root = Path(schemas.__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def describe_process() -> dict[str, Any]:
+    """Versions, code and device of the process that calls it."""
+    import torch
+
+    return {
+        "python": sys.version.split()[0],
+        "code": code_digest(),
+        "root": str(Path(schemas.__file__).resolve().parent.parent),
+        "cuda": torch.cuda.is_available(),
+        **{name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def check_workers(client: Client, profile: Profile) -> None:
+    """Wait for a worker, then compare every worker with this process; all differences at once."""
+    wanted = profile.workers or 1
+    try:
+        client.wait_for_workers(wanted, timeout=profile.start_timeout)
+    except TimeoutError:
+        raise ResourceError(
+            f"{len(client.nthreads())} of {wanted} worker(s) came within {profile.start_timeout:g} s; "
+            "see the workers' log for why the others did not start"
+        ) from None
+    ours = describe_process()
+    differences = []
+    for address, theirs in client.run(describe_process).items():
+        for key, value in ours.items():
+            if key not in ("root", "cuda") and theirs[key] != value:
+                differences.append(f"{address}: {key} is {theirs[key]}, here {value} (imported from {theirs['root']})")
+        if profile.device == "cuda" and not theirs["cuda"]:
+            differences.append(f"{address}: a GPU was asked for, but torch sees none")
+    if differences:
+        raise ResourceError(
+            "workers differ from this process; install the same copy everywhere:\n  " + "\n  ".join(differences)
+        )
+    if missing := [address for address, has in _resources(client).items() if "CPU" not in has and "GPU" not in has]:
+        raise ResourceError(
+            f"worker(s) {', '.join(missing)} declare no resources, so no task would ever start; "
+            'start them with `dask worker … --resources "CPU=1" --nthreads 1`'
+        )
+
+
+def _resources(client: Client) -> dict[str, dict[str, float]]:
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return {address: dict(info.get("resources") or {}) for address, info in workers.items()}

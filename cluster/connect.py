@@ -1,0 +1,63 @@
+"""From a profile to a checked Dask client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import dask.config
+from distributed import Client
+
+from cluster.checks import check_workers
+from cluster.gpu import cuda_cluster
+from cluster.local import local_cluster
+from schemas.errors import ResourceError
+from schemas.profiles import Profile
+
+CONFIG = {
+    # A task lost with its worker says nothing of the task: Dask's own counter must never end a run.
+    "distributed.scheduler.allowed-failures": 1_000_000,
+    # Blocks are sized to fit; spilling or pausing would hide that they do not, and stalls a night.
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": 0.98,
+    # A numeric step holds the interpreter for long; that is no reason to declare the worker dead or to warn.
+    "distributed.comm.timeouts.connect": "60s",
+    "distributed.admin.tick.limit": "1h",
+    "distributed.scheduler.work-stealing": False,
+    "distributed.worker.profile.enabled": False,
+    # What the scheduler remembers must not grow with the number of blocks.
+    "distributed.diagnostics.computations.max-history": 1,
+    "distributed.admin.low-level-log-length": 1000,
+    "distributed.admin.log-length": 1000,
+    "distributed.admin.event-loop-monitor-interval": "1h",
+}
+
+
+@contextmanager
+def connect(profile: Profile) -> Iterator[Client | None]:
+    """A client whose workers were checked to run this very copy; None for the serial profile.
+
+    Raises ``ResourceError`` that says what was asked, what was found and what to do.
+    """
+    if profile.kind == "serial":
+        yield None
+        return
+    with dask.config.set(CONFIG):
+        if profile.kind == "address":
+            try:
+                client = Client(profile.address, timeout=profile.start_timeout, set_as_default=False)
+            except OSError as error:
+                raise ResourceError(
+                    f"no scheduler answers at {profile.address} within {profile.start_timeout:g} s ({error}); "
+                    "start one with `dask scheduler`, or check the address"
+                ) from None
+            with client:
+                check_workers(client, profile)
+                yield client
+            return
+        start = cuda_cluster if profile.kind == "cuda" else local_cluster
+        with start(profile) as cluster, Client(cluster, set_as_default=False) as client:
+            check_workers(client, profile)
+            yield client

@@ -1,0 +1,43 @@
+"""Worker processes on this machine."""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+from distributed import LocalCluster
+
+from schemas.errors import ResourceError
+from schemas.profiles import Profile
+
+LEAST_MEMORY = 1.0  # GB that a worker needs to import torch and hold a small block
+
+
+def size(profile: Profile) -> tuple[int, float]:
+    """Workers and GB per worker that the profile asks for, or that the machine gives."""
+    total = psutil.virtual_memory().total / 1e9
+    cores = len(os.sched_getaffinity(0))
+    workers = profile.workers or max(1, min(cores, int(total * 0.8 / LEAST_MEMORY)))
+    memory = profile.memory or total * 0.8 / workers
+    if workers * memory > total:
+        raise ResourceError(
+            f"{workers} worker(s) of {memory:.1f} GB need {workers * memory:.1f} GB; this machine has {total:.1f} GB: "
+            "ask for fewer workers or less memory in the profile"
+        )
+    return workers, memory
+
+
+def local_cluster(profile: Profile) -> LocalCluster:
+    """One single-threaded process per core: convolutions of one thread are what makes results repeatable."""
+    workers, memory = size(profile)
+    return LocalCluster(
+        n_workers=workers,
+        threads_per_worker=1,
+        processes=True,
+        memory_limit=f"{memory:.3f}GB",
+        resources={"CPU": 1},
+        host="127.0.0.1",
+        dashboard_address=profile.dashboard,
+        local_directory=str(profile.local_directory) if profile.local_directory else None,
+        silence_logs=40,
+    )

@@ -1,0 +1,107 @@
+"""The only file that builds Dask tasks: opaque calls, resources stated on each, a bounded window in flight.
+
+Collections would drop resources when they are fused, and hold a graph as large as the archive; so every task is one
+``client.submit`` of a plain function on a JSON-able context and a range of frames. Its result is a small record.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from distributed import Client, Future, as_completed
+from distributed.scheduler import KilledWorker
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Stopped(Exception):
+    """The user, or the batch system, asked the run to stop."""
+
+
+def stream(
+    client: Client | None,
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    label: str,
+    stop: threading.Event,
+    resources: dict[str, float] | None = None,
+    in_flight: int = 0,
+) -> Iterator[tuple[Item, Result]]:
+    """Call ``function`` on every item and yield (item, result) as they finish.
+
+    With ``client`` None everything is computed here, in order. Else at most ``in_flight`` tasks are known to the
+    scheduler at any time (default: twice the workers), so that its memory does not grow with the archive. A task
+    whose worker died is sent again, without limit; an exception of the function itself is raised here.
+    """
+    if client is None:
+        for item in items:
+            if stop.is_set():
+                raise Stopped
+            yield item, function(item)
+        return
+    yield from _stream_on_cluster(
+        client, function, iter(items), label, stop, resources or {"CPU": 1}, in_flight or 2 * len(client.nthreads())
+    )
+
+
+def _stream_on_cluster(
+    client: Client,
+    function: Callable[[Item], Result],
+    pending: Iterator[Item],
+    label: str,
+    stop: threading.Event,
+    resources: dict[str, float],
+    in_flight: int,
+) -> Iterator[tuple[Item, Result]]:
+    futures: dict[Future[Result], Item] = {}
+    waiting = as_completed()
+
+    def send(item: Item) -> None:
+        key = f"{label}-{uuid.uuid4().hex}"
+        future = client.submit(function, item, key=key, resources=resources, pure=False, retries=0)
+        futures[future] = item
+        waiting.add(future)
+
+    def refill() -> None:
+        while len(futures) < max(1, in_flight):
+            try:
+                send(next(pending))
+            except StopIteration:
+                return
+
+    try:
+        refill()
+        while futures:
+            if stop.is_set():
+                raise Stopped
+            future = next(waiting)
+            item = futures.pop(future)
+            try:
+                result = future.result()
+            except KilledWorker:
+                send(item)
+                continue
+            future.release()
+            yield item, result
+            refill()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def call(
+    client: Client | None,
+    function: Callable[[Item], Result],
+    item: Item,
+    *,
+    label: str,
+    stop: threading.Event,
+    resources: dict[str, float] | None = None,
+) -> Result:
+    """One task: ``function(item)`` on a worker, or here."""
+    return next(result for _, result in stream(client, function, [item], label=label, stop=stop, resources=resources))

@@ -1,0 +1,214 @@
+"""What will be computed, in which pieces, why, and at what cost: decided before any work starts.
+
+A step's fingerprint is a digest of all that its result depends on: an explicit version of the step, the settings it
+reads, the content of the movie, the weights it loads, and the fingerprints of the steps before it. A block is done if
+the ledger, or its part file, carries the fingerprint of today.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.ledger import Ledger
+from pipeline.networks.weights import resolve
+from pipeline.parts import part_path, read_meta
+from schemas.jobfile import flatten
+from schemas.settings import Settings
+
+# What each step reads of the settings, and which step it follows. A step's version is raised when its result changes.
+STEPS: Mapping[str, tuple[int, str | None, tuple[str, ...]]] = {
+    "calibrate": (1, None, ("detector", "source.counts_per_electron", "source.defocus_plane")),
+    "survey": (1, "calibrate", ("drift.correct", "drift.lags", "drift.band", "drift.candidates")),
+    "drift": (1, "survey", ("drift",)),
+    "adapt": (1, "drift", ("denoise",)),
+    "vote": (1, "adapt", ("segment.model", "segment.contrast", "source.mode", "lowpass")),
+    "process": (1, "vote", ("segment", "columns", "species", "images")),
+    "collect": (1, "process", ()),
+}
+SURVEY, PREPARE, PROCESS = ("calibrate", "survey"), ("drift", "adapt", "vote"), ("process",)
+
+BLOCK_PIXELS = 2**23
+BLOCK_FRAMES = (4, 16)
+
+
+def from_step(step: str) -> tuple[str, ...]:
+    """A step and all that follow it."""
+    names = list(STEPS)
+    return tuple(names[names.index(step) :])
+
+
+def block_frames(settings: Settings, shape: tuple[int, int, int]) -> int:
+    """Frames per block: as set, or so many that a block has about 8 million pixels (at least 4, at most 16)."""
+    if settings.blocks.frames is not None:
+        return settings.blocks.frames
+    low, high = BLOCK_FRAMES
+    return min(high, max(low, BLOCK_PIXELS // (shape[1] * shape[2])))
+
+
+def blocks(frames: int, size: int) -> Iterator[tuple[int, int]]:
+    """(first, end) of consecutive runs of ``size`` frames; the last may be shorter."""
+    for start in range(0, frames, size):
+        yield start, min(start + size, frames)
+
+
+def digest(data: Any) -> str:
+    """SHA-256 of JSON-able data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def weights_hash(name_or_path: str) -> str:
+    """SHA-256 of a weights file."""
+    return hashlib.sha256(resolve(name_or_path).read_bytes()).hexdigest()
+
+
+def models(settings: Settings) -> dict[str, str]:
+    """Hashes of the weights that the steps load, by step."""
+    found = {}
+    denoise = settings.denoise
+    if denoise.network == "blindspot":
+        # Training from scratch takes the architecture, hence the file, from the shipped weights too.
+        shipped = denoise.weights in ("pretrained", "adapt", "scratch")
+        found["adapt"] = weights_hash("denoise" if shipped else denoise.weights)
+    elif denoise.network == "wcvd" and denoise.weights not in ("pretrained", "adapt", "scratch"):
+        found["adapt"] = weights_hash(denoise.weights)
+    found["vote"] = weights_hash(settings.segment.model)
+    return found
+
+
+def dependencies(settings: Settings, content: str) -> dict[str, dict[str, Any]]:
+    """What each step depends on, as flat dictionaries that can be compared and shown."""
+    flat = flatten(settings.model_dump(mode="json"))
+    loaded = models(settings)
+    found: dict[str, dict[str, Any]] = {}
+    for step, (version, before, sections) in STEPS.items():
+        mine = {k: v for k, v in flat.items() if any(k == s or k.startswith(s + ".") for s in sections)}
+        inherited = found[before] if before else {"source.content": content}
+        weights = {f"{step}.weights": loaded[step]} if step in loaded else {}
+        found[step] = {**inherited, **mine, **weights, f"{step}.version": version}
+    return found
+
+
+def fingerprints(deps: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Digest of each step's dependencies."""
+    return {step: digest(values) for step, values in deps.items()}
+
+
+def why_stale(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What changed between two dictionaries of dependencies: ``name: old → new``."""
+    names = sorted(set(old) | set(new))
+    changes = [f"{n}: {_short(old.get(n))} → {_short(new.get(n))}" for n in names if old.get(n) != new.get(n)]
+    return "; ".join(changes[:6]) + ("; …" if len(changes) > 6 else "")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] + "…" if len(text) == 64 else text
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One line of the plan: how many blocks of a step there are, how many must run, and why."""
+
+    step: str
+    blocks: int
+    todo: int
+    reason: str
+
+
+def finished(ledger: Ledger, parts: Path, step: str, start: int, stop: int, fingerprint: str) -> bool:
+    """Whether a block needs no work: its part exists, and ledger or part say that it answers this fingerprint."""
+    path = part_path(parts, step, start, stop, fingerprint)
+    if not path.exists():
+        return False
+    if ledger.is_done(step, start, stop, fingerprint):
+        return True
+    meta = read_meta(path)
+    return meta is not None and meta.get("fingerprint") == fingerprint
+
+
+def step_blocks(step: str, frames: int, size: int) -> Iterator[tuple[int, int]]:
+    """The blocks of a step: one for global answers, runs of frames for the rest."""
+    return blocks(frames, size) if step in ("survey", "process") else iter([(0, frames)])
+
+
+def plan_movie(
+    ledger: Ledger, parts: Path, *, frames: int, size: int, deps: Mapping[str, Mapping[str, Any]]
+) -> list[StepPlan]:
+    """For every step: how many of its blocks will run, and why."""
+    keys = fingerprints(deps)
+    lines = []
+    for step in ("calibrate", "survey", "drift", "adapt", "vote", "process"):
+        total = todo = failed = 0
+        for start, stop in step_blocks(step, frames, size):
+            total += 1
+            if not finished(ledger, parts, step, start, stop, keys[step]):
+                todo += 1
+                state = ledger.state(step, start, stop)
+                failed += state is not None and state[:2] == (keys[step], "failed")
+        lines.append(StepPlan(step, total, todo, _reason(ledger, step, deps[step], keys[step], total, todo, failed)))
+    return lines
+
+
+def _reason(ledger: Ledger, step: str, deps: Mapping[str, Any], key: str, total: int, todo: int, failed: int) -> str:
+    if not todo:
+        return "done"
+    if failed:
+        return f"failed ({failed}); will be tried again"
+    last = ledger.last_deps(step)
+    if last is not None and last[0] != key:
+        return f"stale: {why_stale(last[1], deps)}"
+    return "missing" if todo == total else f"missing ({total - todo} of {total} done)"
+
+
+# ----------------------------------------------------------------------------------------------------------- costs
+
+BASE_MEMORY = 0.55e9  # bytes of a worker that has imported torch, zarr and dask and loaded both networks
+SMALL_PIXELS = 512 * 512
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a run needs: bytes on disk, files, and the peak memory of one task [bytes]."""
+
+    stack_bytes: int
+    result_bytes: int
+    files: int
+    task_memory: float
+
+
+def predict_memory(settings: Settings, shape: tuple[int, int, int], itemsize: int, size: int, halo: int) -> float:
+    """Peak memory of the largest task [bytes], from shapes alone.
+
+    A process task holds size + 2·halo frames as counts and as electrons, size denoised frames and probabilities, and
+    the activations of one tile of the denoiser and one window of the segmentation network; a survey task holds
+    size + max lag frames and their spectra.
+    """
+    pixels = shape[1] * shape[2]
+    with_halo = min(shape[0], size + 2 * halo)
+    images = 2 if settings.images.save else 1
+    process = pixels * (with_halo * (itemsize + 8) + size * 4 * (1 + images) + 10 * 4)
+    tile = min(pixels, (settings.denoise.tile or math.inf) ** 2)
+    window = min(pixels * 1.0, (settings.segment.window or math.inf) ** 2)
+    activations = max(tile * 4 * 48, window * 4 * 48)
+    pairs = min(shape[0], size + max(settings.drift.lags))
+    survey = pixels * (pairs * (itemsize + 4 + 8) + 12 * 8)
+    return BASE_MEMORY + max(process + activations, survey)
+
+
+def predict_costs(
+    settings: Settings, shape: tuple[int, int, int], itemsize: int, *, size: int, halo: int, shard_frames: int
+) -> Costs:
+    """Disk and memory of one movie; column tables are estimated at one column per 120 pixels of 0.2 Å."""
+    pixels = shape[0] * shape[1] * shape[2]
+    images = len(settings.images.save) * pixels * 4 * 4 // 3
+    columns = pixels // 600 * 80
+    count = math.ceil(shape[0] / size)
+    files = math.ceil(shape[0] / shard_frames) + 2 * count + 60 + len(settings.images.save) * count * 4
+    memory = predict_memory(settings, shape, itemsize, size, halo)
+    return Costs(pixels * itemsize, images + columns * 2, files, memory)
