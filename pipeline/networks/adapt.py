@@ -224,8 +224,8 @@ def _train(network: nn.Module, batches: _Batches, *, steps: int, learning_rate: 
     device = next(network.parameters()).device
     optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate, betas=(0.9, 0.99))
     warm_up = max(1, min(100, steps // 10))
-    level = torch.tensor([batches.sample.level], dtype=torch.float32, device=device).repeat(batches.batch, 1)
-    scale = scale_of(level)[:, None, None]
+    level = torch.tensor(batches.sample.level, dtype=torch.float32, device=device)
+    scale = scale_of(level)
     for step in range(steps):
         rate = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + np.cos(np.pi * step / steps))
         for group in optimiser.param_groups:
@@ -247,7 +247,7 @@ def _risk(network: nn.Module, sample: Sample, held: Tensor, *, dtype: DType) -> 
     device = next(network.parameters()).device
     usable = np.flatnonzero(links.good)
     chosen = usable[np.unique(np.linspace(0, len(usable) - 1, CHECK_FRAMES).round().astype(int))] if len(usable) else []
-    levels = torch.tensor([level], dtype=torch.float32, device=device)
+    levels = torch.tensor(level, dtype=torch.float32, device=device)
     total, count = 0.0, 0
     with torch.inference_mode(), reduced_precision(str(device), dtype):
         for index in chosen:

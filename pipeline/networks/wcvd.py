@@ -69,11 +69,11 @@ class WCVD(nn.Module):
     def forward(self, frames: Tensor, valid: Tensor, level: Tensor) -> Tensor:
         """Estimate the centre frame, (batch, y, x) [electrons].
 
-        frames (batch, 3, y, x) [electrons]; valid (batch, 3, y, x), 1 where a slot holds data; level (batch, 2): mean
-        and noise variance of the movie [electrons], of which only the mean is used.
+        frames (batch, 3, y, x) [electrons], holding the mean where they have no data; valid (batch, 3, y, x) bool, not
+        used; level (2,): mean and noise variance of the movie [electrons], of which only the mean is used.
         """
-        mean = level[:, 0].float()[:, None, None, None]
-        x = torch.where(valid > 0, frames / mean, torch.ones_like(frames))
+        mean = level[0]
+        x = frames / mean
         weights = torch.softmax(self.mixing, 0)
         y = torch.stack([w * branch(x) for w, branch in zip(weights, self.branches, strict=True)]).sum(0)
-        return y[:, 0].float() * mean[:, 0]
+        return y[:, 0].float() * mean

@@ -46,7 +46,7 @@ class DenoisingNetwork(Protocol):
     periodic: bool
 
     def __call__(self, frames: Tensor, valid: Tensor, level: Tensor) -> Tensor:
-        """(batch, slot, y, x) electrons and validity, (batch, 2) level, to (batch, y, x) electrons."""
+        """(batch, slot, y, x) electrons and validity, (2,) level, to (batch, y, x) electrons."""
 
 
 def frame_runs(time: NDArray[np.float64], *, max_gap: float) -> NDArray[np.int64]:
@@ -151,7 +151,7 @@ def _one_frame(
     """One frame, window by window; each window carries as many neighbouring pixels as the network can see."""
     height, width = (int(size) for size in frames.shape[-2:])
     halo = network.receptive_radius
-    levels = torch.tensor([level], dtype=torch.float32, device=frames.device)
+    levels = torch.tensor(level, dtype=torch.float32, device=frames.device)
     if network.periodic:
         return _one_periodic_frame(network, frames, index, links=links, levels=levels, tile=tile)
     out = torch.empty((height, width), dtype=torch.float32, device=frames.device)
@@ -170,7 +170,7 @@ def _one_periodic_frame(
     network: DenoisingNetwork, frames: Tensor, index: int, *, links: FrameLinks, levels: Tensor, tile: int | None
 ) -> Tensor:
     """As `_one_frame` for a network that joins opposite edges: windows are cut from the wrapped frame."""
-    fill = float(levels[0, 0])
+    fill = float(levels[0])
     stack, valid = neighbour_stack(frames, index, offsets=network.offsets, links=links, fill=fill)
     if tile is None:
         return network(stack[None], valid[None], levels)[0]

@@ -13,7 +13,7 @@ TIERS = {
     5000: {"frames": 7, "channels": 32, "dilations": [2]},
     20000: {"frames": 7, "channels": 48, "dilations": [2, 4, 2]},
 }
-LEVEL = torch.tensor([[0.7, 0.9]])
+LEVEL = torch.tensor([0.7, 0.9])
 
 
 def make(seed=0, **config):
@@ -28,7 +28,7 @@ def make(seed=0, **config):
 def gradient(network, shape, point):
     dtype = next(network.parameters()).dtype
     frames = torch.rand(1, len(network.offsets), *shape, dtype=dtype, requires_grad=True)
-    estimate = network(frames, torch.ones_like(frames), LEVEL)
+    estimate = network(frames, torch.ones_like(frames, dtype=torch.bool), LEVEL)
     assert estimate.shape == (1, *shape)
     (g,) = torch.autograd.grad(estimate[0, point[0], point[1]], frames)
     return g[0]
@@ -70,15 +70,17 @@ def test_cost_of_the_tiers(tier):
     assert BlindSpot(**TIERS[tier]).macs_per_pixel <= 1.02 * tier
 
 
-def test_invalid_slots_do_not_matter():
+def test_the_network_knows_which_slots_are_missing():
     network = make()
     frames = torch.rand(1, 7, 12, 12)
-    valid = torch.ones_like(frames)
-    valid[:, 5:] = 0
-    other = frames.clone()
-    other[:, 5:] = 100
-    assert torch.equal(network(frames, valid, LEVEL), network(other, valid, LEVEL))
-    assert not torch.equal(network(frames, valid, LEVEL), network(frames, torch.ones_like(frames), LEVEL))
+    frames[:, 5:] = LEVEL[0]
+    valid = torch.ones_like(frames, dtype=torch.bool)
+    full = network(frames, valid, LEVEL)
+    valid[:, 5:, 4:6, 4:6] = False
+    part = network(frames, valid, LEVEL)
+    assert not torch.equal(part[0, 4:6, 4:6], full[0, 4:6, 4:6])
+    valid[:, 5:] = False
+    assert not torch.equal(network(frames, valid, LEVEL)[0, 0, 0], full[0, 0, 0])
 
 
 @pytest.mark.parametrize("config", [{"frames": 4}, {"channels": 24}, {"dilations": [2, 3]}])
@@ -110,7 +112,7 @@ def test_wcvd_is_blind_homogeneous_and_periodic():
         assert g[0, point[0], point[1]] != 0
         assert torch.count_nonzero(g) == 146
     frames = torch.rand(1, 3, 12, 16, dtype=torch.float64)
-    ones = torch.ones_like(frames)
+    ones = torch.ones_like(frames, dtype=torch.bool)
     estimate = network(frames, ones, LEVEL)
     torch.testing.assert_close(network(3 * frames, ones, 3 * LEVEL), 3 * estimate)
     torch.testing.assert_close(network(3 * frames, ones, LEVEL), 3 * estimate)
