@@ -94,7 +94,7 @@ def _isolated(image: Double, error: Double, threshold: float, quantum: float) ->
     height = image - background
     edges = ndimage.correlate(image, _EDGES, mode="mirror") - background
     # `error` is two standard errors of the mean of four neighbours. A deficit at the edges belongs to a dead neighbour.
-    alone = (edges + error < _ATOM_EDGE_FRACTION * height) & (edges > -0.25 * height)
+    alone = (edges + error < _ATOM_EDGE_FRACTION * height) & (edges > -0.1 * height)
     return np.asarray((height > threshold * error + threshold**2 / 3 * quantum) & alone, dtype=bool)
 
 
