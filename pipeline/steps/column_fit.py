@@ -27,38 +27,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.spatial import cKDTree
+
+from pipeline.steps.column_windows import Scene, common_width, cut_windows, neighbours
 
 Floats = NDArray[np.float64]
 
-STEPS = 6  # Gauss-Newton steps: from DoG starts the positions are then within 1e-3 px of where they converge
-NEIGHBOURS = 8  # nearest columns whose tails are subtracted; the ninth is at least two distances away in any packing
-REACH = 2.5  # window radius in widths where neighbours leave room: 96 % of the position information
-SMALLEST_WINDOW = 1.5  # [px] below it the four parameters are not determined
-FLOOR = 0.1  # of the frame's mean: least expected electrons per pixel, so that empty pixels are not infinitely certain
+STEPS = 8  # Gauss-Newton steps: from DoG starts all positions are then within 2e-3 px of where they converge
 PRIOR_COUNT = 100  # weight, in coordinates, of rho = 1 - share (an efficient start) against the frame's own columns
 
 
-class _Scene(NamedTuple):
-    """What stays fixed in a fit: axes (column, window y, window x) unless said otherwise."""
-
-    measured: torch.Tensor
-    denoised: torch.Tensor
-    weight: torch.Tensor
-    centre: torch.Tensor  # (column, 2) integer pixel in the middle of each window
-    offset: torch.Tensor  # (window) pixel offsets from it
-    neighbour: torch.Tensor  # (column, neighbour) indices
-    exists: torch.Tensor  # (column, neighbour) 1 or 0
-    radius: torch.Tensor  # (column) [px]
-
-
 class _Fit(NamedTuple):
-    """Amplitude, background [electrons], position y, x [px from the window's centre], each (column), and one width."""
+    """Amplitude, background [electrons], position y, x [px from the window's centre], each (column); one width [px]."""
 
     amplitude: torch.Tensor
     background: torch.Tensor
     position: torch.Tensor
-    width: torch.Tensor
+    width: float
 
 
 def refine(
@@ -92,141 +76,85 @@ def refine(
     start = np.column_stack([np.asarray(y, np.float64), np.asarray(x, np.float64)])
     if len(start) == 0:
         return {name: np.empty(0) for name in _NAMES}
-    scene = _scene(electrons, denoised, start, width, readout_variance)
-    guess = torch.as_tensor(start, device=scene.centre.device) - scene.centre
-    fit = _fit_denoised(scene, guess, polarity, width, fit_width)
-    drift_limit = torch.clamp(scene.radius, min=SMALLEST_WINDOW)
+    measured, smooth = (torch.as_tensor(frame).to(torch.float64) for frame in (electrons, denoised))
+    place = torch.as_tensor(start, device=measured.device)
+    near = neighbours(place)
+    if fit_width:
+        width = common_width(smooth, place, near, polarity=polarity, width=width)
+    scene = cut_windows(measured, smooth, place, near, width=width, readout_variance=readout_variance)
+    guess = place - scene.centre
+    fit = _fit_denoised(scene, guess, polarity, width)
     moved = torch.linalg.vector_norm(fit.position - guess, dim=1)
-    fitted = torch.isfinite(moved) & (moved <= drift_limit) & (fit.amplitude * polarity > 0)
+    fitted = torch.isfinite(moved) & (moved <= scene.radius) & (fit.amplitude * polarity > 0)
     return _posterior(scene, fit, guess, fitted, polarity, share)
 
 
 _NAMES = (*("y", "x", "y_err", "x_err", "intensity", "intensity_err", "background", "width", "significance", "fitted"),)
 
 
-def _scene(
-    electrons: ArrayLike | torch.Tensor,
-    denoised: ArrayLike | torch.Tensor,
-    start: Floats,
-    width: float,
-    readout_variance: float,
-) -> _Scene:
-    """Cut the windows. Pixels outside the frame, not finite, or past half way to a neighbour weigh nothing."""
-    measured, smooth = (torch.as_tensor(frame).to(torch.float64) for frame in (electrons, denoised))
-    device, (height, breadth) = measured.device, measured.shape
-    place = torch.as_tensor(start, device=device)
-    neighbour, exists, nearest = _neighbours(place)
-    radius = torch.clamp(torch.clamp(nearest / 2, max=REACH * width), min=SMALLEST_WINDOW)
-    half = int(np.ceil(max(REACH * width, SMALLEST_WINDOW))) + 1
-    offset = torch.arange(-half, half + 1, device=device, dtype=torch.float64)
-    centre = torch.round(place)
-    rows, columns = centre[:, :1] + offset, centre[:, 1:] + offset
-    within = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < breadth))[:, None, :]
-    row, column = rows.clamp(0, height - 1).long()[:, :, None], columns.clamp(0, breadth - 1).long()[:, None, :]
-    raw, soft = measured[row, column], smooth[row, column]
-    distance = torch.hypot(rows[:, :, None] - place[:, :1, None], columns[:, None, :] - place[:, 1:, None])
-    # The rim fades over a pixel: a hard one would tie the position to the pixel grid.
-    rim = (radius[:, None, None] + 0.5 - distance).clamp(0, 1)
-    usable = within & torch.isfinite(raw) & torch.isfinite(soft)
-    floor = FLOOR * torch.nan_to_num(smooth, nan=0.0).mean().clamp(min=1e-3)
-    variance = torch.maximum(torch.nan_to_num(soft), floor) + readout_variance
-    weight = torch.where(usable, rim / variance, 0.0)
-    raw, soft = torch.where(usable, raw, 0.0), torch.where(usable, soft, 0.0)
-    return _Scene(raw, soft, weight, centre, offset, neighbour, exists, radius)
-
-
-def _neighbours(place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Nearest columns: indices and existence (column, neighbour), distance of the nearest (column) [px]."""
-    # A tree on the host: n x n distances would need gigabytes for a 4096² frame's 40,000 columns.
-    count = len(place)
-    wanted = min(NEIGHBOURS, count - 1)
-    if wanted == 0:
-        none = torch.zeros((count, 1), dtype=torch.long, device=place.device)
-        return none, none.to(torch.float64), torch.full((count,), torch.inf, dtype=torch.float64, device=place.device)
-    points = place.cpu().numpy()
-    found = cKDTree(points).query(points, k=wanted + 1)
-    distance, index = np.asarray(found[0]), np.asarray(found[1])
-    own = index == np.arange(count)[:, None]
-    own[~own.any(axis=1), -1] = True  # several columns on one spot may crowd a point out of its own list
-    index, distance = index[~own].reshape(count, wanted), distance[~own].reshape(count, wanted)
-    return (
-        torch.as_tensor(index, device=place.device),
-        torch.ones((count, wanted), dtype=torch.float64, device=place.device),
-        torch.as_tensor(distance[:, 0].copy(), device=place.device),
-    )
-
-
-def _shape(scene: _Scene, position: torch.Tensor, width: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit Gaussians in the windows (column, y, x), and offsets (column, axis, window) [px] from their positions."""
-    away = scene.offset - position[:, :, None]
-    line = torch.exp(-0.5 * (away / width) ** 2)
-    return line[:, 0, :, None] * line[:, 1, None, :], away
-
-
-def _tails(scene: _Scene, fit: _Fit) -> torch.Tensor:
+def _tails(scene: Scene, fit: _Fit) -> torch.Tensor:
     """The neighbours' part of the model in each window (column, y, x) [electrons]."""
-    seen = (scene.centre + fit.position)[scene.neighbour] - scene.centre[:, None, :]
+    seen = (scene.centre + fit.position)[scene.near.which] - scene.centre[:, None, :]
     line = torch.exp(-0.5 * ((scene.offset - seen[..., None]) / fit.width) ** 2)
-    strength = fit.amplitude[scene.neighbour] * scene.exists
-    return torch.einsum("nk,nkp,nkq->npq", strength, line[:, :, 0], line[:, :, 1])
+    strength = fit.amplitude[scene.near.which] * scene.near.exists
+    return torch.bmm((strength[..., None] * line[:, :, 0]).transpose(1, 2), line[:, :, 1])
 
 
-def _jacobian(scene: _Scene, fit: _Fit) -> torch.Tensor:
-    """Derivatives (column, parameter, y, x) by amplitude, background, y, x and width."""
-    shape, away = _shape(scene, fit.position, fit.width)
-    slope = fit.amplitude[:, None, None] * shape / fit.width**2
-    dy, dx = away[:, 0, :, None], away[:, 1, None, :]
-    wider = slope * (dy**2 + dx**2) / fit.width
-    return torch.stack([shape, torch.ones_like(shape), slope * dy, slope * dx, wider], dim=1)
+def _normal(scene: Scene, fit: _Fit, weighted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """H = JᵀWJ (column, parameter, parameter), made regular, and Jᵀ weighted (column, parameter).
 
-
-def _normal(jacobian: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """H = JᵀWJ (column, parameter, parameter) and g = JᵀWr (column, parameter), H made regular."""
-    weighted = jacobian * weight[:, None]
-    hessian = torch.einsum("napq,nbpq->nab", weighted, jacobian)
+    J is the derivative of the model by amplitude, background, y and x; weighted (column, y, x) = W times the data.
+    All of J, and all its products, are one function of y times one of x: so the sums over a window are two thin matrix
+    products with the lines 1, g, ag, g², ag², a²g², where g is the Gaussian and a the distance along that axis.
+    """
+    away = scene.offset - fit.position[:, :, None]
+    one = torch.exp(-0.5 * (away / fit.width) ** 2)
+    square = one**2
+    lines = torch.stack([torch.ones_like(one), one, away * one, square, away * square, away**2 * square], dim=2)
+    down, across = lines[:, 0], lines[:, 1].transpose(1, 2)
+    sums = torch.bmm(torch.bmm(down, scene.weight), across)
+    data = torch.bmm(torch.bmm(down[:, :3], weighted), across[:, :, :3])
+    slope = fit.amplitude / fit.width**2
+    upper = [[sums[:, 3, 3], sums[:, 1, 1], slope * sums[:, 4, 3], slope * sums[:, 3, 4]]]
+    upper += [[upper[0][1], sums[:, 0, 0], slope * sums[:, 2, 1], slope * sums[:, 1, 2]]]
+    upper += [[upper[0][2], upper[1][2], slope**2 * sums[:, 5, 3], slope**2 * sums[:, 4, 4]]]
+    upper += [[upper[0][3], upper[1][3], upper[2][3], slope**2 * sums[:, 3, 5]]]
+    hessian = torch.stack([torch.stack(row, dim=1) for row in upper], dim=1)
     scale = torch.diagonal(hessian, dim1=1, dim2=2)
     ridge = torch.diag_embed(1e-9 * scale + 1e-12 * (1 + scale.amax(dim=1, keepdim=True)))
-    return hessian + ridge, torch.einsum("napq,npq->na", weighted, residual)
+    gradient = torch.stack([data[:, 1, 1], data[:, 0, 0], slope * data[:, 2, 1], slope * data[:, 1, 2]], dim=1)
+    return hessian + ridge, gradient
 
 
-def _fit_denoised(scene: _Scene, guess: torch.Tensor, polarity: int, width: float, fit_width: bool) -> _Fit:
+def _fit_denoised(scene: Scene, guess: torch.Tensor, polarity: int, width: float) -> _Fit:
     """Joint Gauss-Newton fit of all columns to the denoised frame; a step sees the neighbours of the step before."""
     inner = scene.weight > 0
     low = torch.where(inner, scene.denoised, torch.inf).amin(dim=(1, 2))
     high = torch.where(inner, scene.denoised, -torch.inf).amax(dim=(1, 2))
     spread = torch.nan_to_num(high - low, nan=0.0, posinf=0.0, neginf=0.0)
     edge = torch.nan_to_num(low if polarity > 0 else high, nan=0.0, posinf=0.0, neginf=0.0)
-    one = torch.tensor(float(width), dtype=torch.float64, device=guess.device)
-    fit = _Fit(polarity * spread, edge, guess, one)
-    if fit_width:
-        for _ in range(STEPS):
-            fit = _step(scene, fit, guess, free_width=True)
-        fit = fit._replace(width=fit.width.clamp(width / 2, width * 2))
+    fit = _Fit(polarity * spread, edge, guess, width)
     for _ in range(STEPS):
-        fit = _step(scene, fit, guess, free_width=False)
+        fit = _step(scene, fit, guess)
     return fit
 
 
-def _step(scene: _Scene, fit: _Fit, guess: torch.Tensor, *, free_width: bool) -> _Fit:
-    """One Gauss-Newton step, moves limited to half a width; the common width takes the columns' median step."""
-    shape, _ = _shape(scene, fit.position, fit.width)
-    model = fit.amplitude[:, None, None] * shape + fit.background[:, None, None] + _tails(scene, fit)
-    parameters = 5 if free_width else 4
-    hessian, gradient = _normal(_jacobian(scene, fit)[:, :parameters], scene.weight, scene.denoised - model)
+def _step(scene: Scene, fit: _Fit, guess: torch.Tensor) -> _Fit:
+    """One Gauss-Newton step, moves limited to half a width."""
+    hessian, gradient = _normal(scene, fit, scene.weight * (scene.denoised - _tails(scene, fit)))
+    # The model without tails is amplitude times the first column of J plus background times the second.
+    gradient = gradient - fit.amplitude[:, None] * hessian[:, :, 0] - fit.background[:, None] * hessian[:, :, 1]
     change = torch.linalg.solve(hessian, gradient)
     most = 0.5 * fit.width
     move = change[:, 2:4].clamp(-most, most)
     position = guess + (fit.position + move - guess).clamp(-scene.radius[:, None], scene.radius[:, None])
-    width = fit.width
-    if free_width:
-        width = width + torch.nanmedian(change[:, 4]).clamp(-0.1 * width, 0.1 * width)
-    return _Fit(fit.amplitude + change[:, 0], fit.background + change[:, 1], position, width)
+    return _Fit(fit.amplitude + change[:, 0], fit.background + change[:, 1], position, fit.width)
 
 
 def _posterior(
-    scene: _Scene, fit: _Fit, guess: torch.Tensor, fitted: torch.Tensor, polarity: int, share: float
+    scene: Scene, fit: _Fit, guess: torch.Tensor, fitted: torch.Tensor, polarity: int, share: float
 ) -> dict[str, Floats]:
-    hessian, gradient = _normal(_jacobian(scene, fit)[:, :4], scene.weight, scene.measured - scene.denoised)
+    hessian, gradient = _normal(scene, fit, scene.weight * (scene.measured - scene.denoised))
     covariance = torch.linalg.inv(hessian)
     step = torch.einsum("nab,nb->na", covariance, gradient)
     bound = torch.diagonal(covariance, dim1=1, dim2=2)
@@ -243,7 +171,7 @@ def _posterior(
         "intensity": area * (fit.amplitude + step[:, 0]),
         "intensity_err": area * noise,
         "background": fit.background + step[:, 1],
-        "width": fit.width.expand(len(guess)),
+        "width": torch.full_like(bound[:, 0], fit.width),
         "significance": torch.where(fitted, polarity * fit.amplitude / noise, 0.0),
         "fitted": fitted.to(torch.float64),
     }
