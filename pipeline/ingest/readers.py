@@ -31,6 +31,16 @@ READERS = {
         Reader("dm", (".dm3", ".dm4"), "formats_dm:inspect_dm"),
         Reader("mrc", (".mrc", ".mrcs", ".rec", ".ali", ".st"), "formats_plain:inspect_mrc"),
         Reader("tiff", (".tif", ".tiff", ".btf", ".tf8"), "formats_tiff:inspect_tiff", "formats_tiff:read_tiff"),
+        Reader("ser", (".ser",), "formats_fei:inspect_ser"),
+        Reader("tvips", (".tvips",), "formats_tvips:inspect_tvips"),
+        Reader("emd", (".emd",), "formats_hdf5:inspect_hdf5", "formats_hdf5:read_hdf5"),
+        Reader(
+            "hdf5",
+            (".h5", ".hdf5", ".hdf", ".he5", ".hspy", ".nxs"),
+            "formats_hdf5:inspect_hdf5",
+            "formats_hdf5:read_hdf5",
+        ),
+        Reader("zarr", (".zarr",), "formats_zarr:inspect_zarr", "formats_zarr:read_zarr"),
         Reader("npy", (".npy",), "formats_plain:inspect_npy"),
     )
 }

@@ -23,7 +23,6 @@ from pipeline.parts import part_path, read_part, replace_atomically, write_part
 from schemas.errors import SourceError
 from schemas.settings import Source, Stacks
 
-
 DESCRIPTION = "description.json"
 
 
