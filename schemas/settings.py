@@ -91,6 +91,13 @@ class Drift(Section):
 
     correct: bool = Field(True, description="estimate drift; false: the specimen is taken to be still")
     lags: tuple[Count, ...] = Field((1, 2, 4, 8), description="frames apart of the pairs that are compared")
+    band: tuple[Positive, Positive] = Field((0.01, 0.35), description="[low, high] frequencies used, cycles per pixel")
+    taper: Probability = Field(0.15, description="part of the field, on each side, over which the window falls to zero")
+    change: Probability = Field(0.02, description="part of the signal that changes for other reasons than drift")
+    candidates: Count = Field(6, description="maxima of the correlation that are kept per pair")
+    max_shift: Probability = Field(0.3, description="largest shift between two frames, as a part of the field")
+    max_motion: Positive = Field(2.0, description="plausible motion from frame to frame in pixels; a scale, no limit")
+    cauchy: Positive = Field(2.4, description="residual, in standard errors, at which a pair counts half")
 
 
 class Denoise(Section):
@@ -129,6 +136,7 @@ class Segment(Section):
         "auto", description="atoms bright or dark; auto: bright in haadf, voted by the network over the movie in hrtem"
     )
     window: Count | None = Field(512, description="edge of a window in pixels of the network; none: the whole frame")
+    halo: Count | None = Field(64, description="halo of a window on each side, in pixels of the network")
 
 
 class Columns(Section):
@@ -136,6 +144,13 @@ class Columns(Section):
 
     threshold: Probability = Field(0.5, description="least probability of a column")
     min_distance: Positive = Field(1.0, description="least distance of two columns in Å")
+    min_significance: float = Field(2.0, description="least signal of a column in the counts of one frame, in sigma")
+    width: Positive = Field(0.5, description="standard deviation of a column's image in Å; a start if it is fitted")
+    fit_width: bool = Field(True, description="fit one width per frame")
+    margin: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="columns nearer to the edge of the view (Å) are left out"
+    )
+    share: Probability = Field(0.2, description="how far a denoised position follows the noise of its own frame")
 
 
 class Species(Section):
@@ -150,6 +165,7 @@ class Images(Section):
     save: tuple[Literal["denoised", "probability"], ...] = Field(
         (), description="images to keep: denoised, probability"
     )
+    examples: Annotated[int, Field(ge=0)] = Field(6, description="frames shown in the report")
 
 
 class Settings(Section):

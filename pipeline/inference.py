@@ -1,0 +1,159 @@
+"""Networks on a movie's frames: denoise, low-pass, segment; the same few lines for blocks, votes and examples."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from pipeline.movie import Clock, Movie, device_text, saturation_of
+from pipeline.networks.weights import Loaded, load_weights
+from pipeline.steps import denoise, detector, segment
+from pipeline.steps.lowpass import lowpass
+
+VOTING_FRAMES = 6
+DAMAGED = "the file is damaged here"
+SEGMENT_BATCH = 1  # windows at a time: fixed, since another batch may change the last bits
+
+
+@dataclass(frozen=True)
+class Images:
+    """A run of frames from ``first`` on, as (time, y, x) float32; frames that are not good hold NaN.
+
+    electrons and denoised [electrons]; probability [1], None where the sampling resolves no columns.
+    """
+
+    first: int
+    counts: np.ndarray
+    electrons: np.ndarray
+    denoised: np.ndarray
+    probability: np.ndarray | None
+    good: np.ndarray
+    reasons: np.ndarray
+    polarity: int
+    denoiser: str
+    device: str
+
+
+@functools.lru_cache(maxsize=4)
+def network(path: str, device: str) -> Loaded:
+    """A network ready for inference on a device, loaded once per process."""
+    loaded = load_weights(path)
+    return loaded._replace(module=loaded.module.to(device))
+
+
+def denoiser_of(movie: Movie) -> tuple[Loaded | None, str]:
+    """The movie's denoiser (None: no denoising) and the text that names it."""
+    _, facts = movie.task.answer("adapt")
+    if facts["weights"] is None:
+        return None, "none"
+    path = movie.task.part("adapt", 0, movie.task.frames).with_suffix(".safetensors")
+    chosen = str(path) if facts["weights"] == "own" else str(facts["weights"])
+    return network(chosen, movie.task.device), f"{facts['network']} {facts['sha256'][:12]}"
+
+
+def halo_of(loaded: Loaded | None) -> int:
+    """Neighbours on either side that a denoiser looks at."""
+    return max((abs(k) for k in cast(Any, loaded.module).offsets), default=0) if loaded is not None else 0
+
+
+def number_format(movie: Movie) -> str:
+    """Number format that the denoiser computes in."""
+    wanted = movie.settings.denoise.dtype
+    if wanted != "auto":
+        return wanted
+    return "bfloat16" if denoise.has_bfloat16(movie.task.device) else "float32"
+
+
+def denoised(movie: Movie, frames: range, clock: Clock) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """Counts, electrons and denoised frames (time, y, x) of a run of frames, and what denoised them."""
+    loaded, name = denoiser_of(movie)
+    halo = halo_of(loaded)
+    low, high = max(0, frames.start - halo), min(movie.task.frames, frames.stop + halo)
+    with clock("read"):
+        counts = movie.counts(low, high)
+    with clock("detector"):
+        electrons = movie.electrons(counts)
+    links = movie.links(low, high)
+    own = slice(frames.start - low, frames.stop - low)
+    out = np.full((len(frames), *electrons.shape[1:]), np.nan, dtype=np.float32)
+    wanted = [i for i in range(own.start, own.stop) if links.good[i]]
+    place = [i - own.start for i in wanted]
+    if loaded is None:
+        out[place] = electrons[wanted]
+    elif wanted and movie.level is not None:
+        with clock("denoise"):
+            out[place] = denoise.denoise(
+                loaded.module, electrons, wanted, links=links, level=movie.level,
+                tile=movie.settings.denoise.tile, dtype=movie.settings.denoise.dtype, device=movie.task.device,
+            )  # fmt: skip
+    if place and movie.settings.lowpass.cutoff is not None:
+        with clock("lowpass"):
+            out[place] = lowpass(out[place], cutoff=movie.settings.lowpass.cutoff, sampling=movie.stack.sampling)
+    return counts[own], electrons[own], out, name
+
+
+def segments(movie: Movie) -> bool:
+    """Whether columns can be looked for at the movie's sampling."""
+    return segment.usable(movie.stack.sampling)
+
+
+def vote(movie: Movie, clock: Clock) -> tuple[list[float], int]:
+    """Evidence per voting frame that atoms are bright, and the sign of the contrast that the run will use."""
+    stated = {"bright": 1, "dark": -1}.get(movie.settings.segment.contrast)
+    if stated is None and movie.settings.source.mode == "haadf":
+        stated = 1
+    if stated is not None or not segments(movie) or movie.good is None:
+        return [], stated or 1
+    good = np.flatnonzero(movie.good)
+    chosen = good[np.unique(np.linspace(0, len(good) - 1, VOTING_FRAMES).round().astype(int))] if len(good) else []
+    evidence = []
+    loaded = network(movie.settings.segment.model, movie.task.device)
+    for index in chosen:
+        *_, image, _ = denoised(movie, range(int(index), int(index) + 1), clock)
+        with clock("segment"):
+            evidence += segment.polarity_evidence(loaded.module, image, **_options(movie, loaded)).tolist()
+    return evidence, 1 if sum(evidence) >= 0 else -1
+
+
+def _options(movie: Movie, loaded: Loaded) -> dict[str, Any]:
+    return {
+        "sampling": movie.stack.sampling,
+        "model_sampling": float(loaded.metadata["sampling"]),
+        "window": movie.settings.segment.window,
+        "halo": movie.settings.segment.halo,
+        "batch": SEGMENT_BATCH,
+        "device": movie.task.device,
+    }
+
+
+def infer(movie: Movie, frames: range, clock: Clock) -> Images:
+    """Denoise and segment a run of frames."""
+    counts, electrons, smooth, name = denoised(movie, frames, clock)
+    _, ballot = movie.task.answer("vote")
+    good = movie.good[frames.start : frames.stop] if movie.good is not None else np.zeros(len(frames), dtype=bool)
+    probability = None
+    if ballot["usable"]:
+        loaded = network(movie.settings.segment.model, movie.task.device)
+        probability = np.full(smooth.shape, np.nan, dtype=np.float32)
+        with clock("segment"):
+            probability[good] = segment.column_probability(
+                loaded.module, smooth[good], polarity=ballot["polarity"], **_options(movie, loaded)
+            )
+    return Images(
+        first=frames.start, counts=counts, electrons=electrons, denoised=smooth, probability=probability,
+        good=good, reasons=_reasons(movie, counts, frames, good), polarity=ballot["polarity"], denoiser=name,
+        device=device_text(movie.task.device, number_format(movie)),
+    )  # fmt: skip
+
+
+def _reasons(movie: Movie, counts: np.ndarray, frames: range, good: np.ndarray) -> np.ndarray:
+    """Why frames were dropped; empty for good ones."""
+    statistics = detector.frame_statistics(counts, saturation=saturation_of(movie.stack, movie.settings))
+    _, reasons = detector.frame_flags(statistics, max_saturated_fraction=movie.settings.detector.max_saturated_fraction)
+    damaged = ~movie.stack.frame_ok[frames.start : frames.stop]
+    return np.asarray(
+        ["the file is damaged here" if d else r for d, r in zip(damaged, reasons, strict=True)], dtype=str
+    )

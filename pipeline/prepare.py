@@ -1,0 +1,76 @@
+"""The denoiser of a movie: pretrained as it is, adapted to the movie, trained on it alone, or a file of the user's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.movie import Clock, Movie
+from pipeline.networks import adapt
+from pipeline.networks.weights import load_weights, resolve, save_weights
+from pipeline.steps import denoise, drift
+
+PRETRAINED = "denoise"
+WCVD_RELEASED = {"kernels": [3, 5, 7], "layers": 4, "channels": 3}
+
+
+def prepare_denoiser(movie: Movie, target: Path, clock: Clock) -> dict[str, Any]:
+    """Write the movie's weights to ``target`` if they are its own; what they are, for the record.
+
+    ``weights`` in the result is "own" (the file ``target``), a name or path (used as it is), or None (no denoising).
+    """
+    options = movie.settings.denoise
+    if options.network == "none" or movie.good is None or not movie.good.any():
+        return {"network": "none", "weights": None, "sha256": ""}
+    trains = options.weights in ("adapt", "scratch") or (options.network == "wcvd" and options.weights == "pretrained")
+    if not trains:
+        name = PRETRAINED if options.weights == "pretrained" else options.weights
+        loaded = load_weights(name)
+        return {"network": str(loaded.metadata["architecture"]), "weights": str(resolve(name)), "sha256": loaded.sha256}
+    adapted = _train(movie, clock)
+    facts = {"movie": movie.stack.attributes.get("content_hash", ""), "training": adapted.record, "seed": options.seed}
+    # Seconds and the like would make the file, hence its hash, depend on the day.
+    sha256 = save_weights(adapted.network.cpu(), target, {**facts, "training": _repeatable(adapted.record)})
+    return {"network": options.network, "weights": "own", "sha256": sha256, "training": adapted.record}
+
+
+def _repeatable(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "seconds"}
+
+
+def _train(movie: Movie, clock: Clock) -> adapt.Adapted:
+    options = movie.settings.denoise
+    network: torch.nn.Module
+    if options.network == "wcvd":
+        network = adapt.untrained("wcvd", WCVD_RELEASED, seed=options.seed)
+    elif options.weights == "scratch":
+        config = load_weights(PRETRAINED).metadata["config"]
+        network = adapt.untrained("blindspot", config, seed=options.seed)
+    else:
+        network = load_weights(PRETRAINED).module
+    return adapt.adapt(
+        network.to(movie.task.device), _sample(movie, clock), steps=options.steps, crop=options.crop,
+        batch=options.batch, learning_rate=options.learning_rate, seed=options.seed, dtype=options.dtype,
+    )  # fmt: skip
+
+
+def _sample(movie: Movie, clock: Clock) -> adapt.Sample:
+    """A bounded sample of the movie, chosen by a fixed rule, in electrons."""
+    if movie.good is None or movie.drift_px is None or movie.level is None:
+        raise RuntimeError("the movie was opened before its drift was solved")
+    options = movie.settings.denoise
+    runs = denoise.frame_runs(movie.stack.time, max_gap=options.max_gap)
+    plan = adapt.plan_sample(
+        movie.stack.shape, good=movie.good, run=runs, max_frames=options.sample_frames, max_side=options.sample_side
+    )
+    frames = np.empty((len(plan.frames), plan.height, plan.width), dtype=np.float32)
+    for row, (index, top, left) in enumerate(zip(plan.frames, plan.top, plan.left, strict=True)):
+        with clock("read"):
+            counts = movie.counts(int(index), int(index) + 1)
+        frames[row] = movie.electrons(counts)[0, top : top + plan.height, left : left + plan.width]
+    return adapt.training_sample(
+        frames, plan=plan, whole_px_drift=drift.whole_pixels(movie.drift_px), good=movie.good, level=movie.level
+    )

@@ -1,0 +1,444 @@
+"""The story of a job: every movie from files to a queryable store, resumably, whatever dies on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import logging
+import math
+import platform
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from distributed import Client
+
+from pipeline import blocks, collect, graph, plan, store
+from pipeline.collect import Piece
+from pipeline.graph import Stopped
+from pipeline.ingest.describe import Description, SourceOverrides, describe
+from pipeline.ingest.sources import MovieFiles, discover
+from pipeline.ingest.to_stack import write_stack
+from pipeline.ledger import Lease, Ledger
+from pipeline.movie import Task
+from pipeline.parts import part_path, read_meta, sweep
+from schemas.columns import COLUMNS
+from schemas.errors import SettingsError, SourceError
+from schemas.frames import FRAMES
+from schemas.jobfile import settings_for
+from schemas.settings import Job, Settings
+
+log = logging.getLogger("colonnade")
+
+TASKS: Mapping[str, Callable[[Task], Mapping[str, Any]]] = {
+    "calibrate": blocks.calibrate,
+    "survey": blocks.survey,
+    "drift": blocks.solve_drift,
+    "adapt": blocks.adapt,
+    "vote": blocks.vote,
+    "process": blocks.process,
+}
+
+
+class Progress(Protocol):
+    """What a run tells of itself while it goes on."""
+
+    def begin(self, movie: str, step: str, frames: int) -> None:
+        """A step of a movie begins; it has so many frames to do."""
+
+    def advance(self, movie: str, step: str, frames: int) -> None:
+        """Frames were finished."""
+
+
+class Silent:
+    """No progress."""
+
+    def begin(self, movie: str, step: str, frames: int) -> None:
+        """Say nothing."""
+
+    def advance(self, movie: str, step: str, frames: int) -> None:
+        """Say nothing."""
+
+
+@dataclass(frozen=True)
+class PlannedMovie:
+    """A movie of a job: its name, its files, its settings."""
+
+    name: str
+    files: MovieFiles
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a movie: complete or quarantined, with counts."""
+
+    movie: str
+    status: str
+    path: Path
+    frames: int = 0
+    columns: int = 0
+    dropped: int = 0
+    reason: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Engine:
+    """What all movies of a job share."""
+
+    output: Path
+    client: Client | None
+    device: str
+    stop: threading.Event = field(default_factory=threading.Event)
+    progress: Progress = field(default_factory=Silent)
+    lease: Lease | None = None
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What each task needs of its worker."""
+        return {"GPU": 1} if self.device.startswith("cuda") else {"CPU": 1}
+
+
+def run(
+    job: Job,
+    *,
+    client: Client | None = None,
+    device: str = "cpu",
+    redo: str | None = None,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+) -> list[Outcome]:
+    """Process all movies of a job; finished work of an earlier run is used, unless ``redo`` names a step.
+
+    ``client`` None computes everything in this process. Returns an outcome per movie; bad files are quarantined and
+    the rest goes on. Anything else that goes wrong is raised: settings, site, or our bug.
+    """
+    movies, _ = movies_of(job)
+    job.output.mkdir(parents=True, exist_ok=True)
+    engine = Engine(job.output, client, device, stop or threading.Event(), progress or Silent())
+    with Lease(job.output / "ledger") as lease:
+        engine.lease = lease
+        sweep(job.output)
+        return list(_side_by_side(engine, movies, redo))
+
+
+def _side_by_side(engine: Engine, movies: Sequence[PlannedMovie], redo: str | None) -> Iterator[Outcome]:
+    """Run movies in threads of this process, which only wait: a short movie leaves no worker idle."""
+    width = 1 if engine.client is None else min(len(movies), max(2, len(engine.client.nthreads())))
+    if width <= 1:
+        yield from (run_movie(engine, movie, redo) for movie in movies)
+        return
+    with ThreadPoolExecutor(width, thread_name_prefix="movie") as pool:
+        futures = [pool.submit(run_movie, engine, movie, redo) for movie in movies]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            errors = [error for future in done if (error := future.exception()) is not None]
+            # What stopped the others is not the error that matters.
+            errors.sort(key=lambda error: isinstance(error, Stopped))
+            if errors:
+                raise errors[0]
+        except BaseException:
+            engine.stop.set()
+            for future in futures:
+                future.cancel()
+            raise
+    yield from (future.result() for future in futures)
+
+
+# ------------------------------------------------------------------------------------------------- the job's movies
+
+
+def movies_of(job: Job) -> tuple[list[PlannedMovie], list[tuple[Path, str]]]:
+    """The movies that a job names, and the files that no reader claims; two movies of one name are an error."""
+    found: list[PlannedMovie] = []
+    ignored: list[tuple[Path, str]] = []
+    for entry in job.movies:
+        settings = settings_for(job, entry)
+        sources = [entry.source] if isinstance(entry.source, str) else list(entry.source)
+        discovery = discover(sources, dataset=settings.source.dataset)
+        ignored += discovery.ignored
+        if entry.name is not None and len(discovery.movies) > 1:
+            raise SettingsError(f"movie {entry.name!r}: {sources} holds {len(discovery.movies)} movies; name one file")
+        found += [PlannedMovie(entry.name or files.name, files, settings) for files in discovery.movies]
+    if not found:
+        raise SourceError(f"no movie found in {[entry.source for entry in job.movies]}; ignored: {ignored}")
+    for movie in found:
+        if twins := [other for other in found if other.name == movie.name and other is not movie]:
+            raise SettingsError(
+                f"two movies are called {movie.name!r}: {movie.files.paths[0]} and {twins[0].files.paths[0]}; "
+                "give one a name with `name:` in the job file, or run them into two folders"
+            )
+    return found, ignored
+
+
+def overrides_of(settings: Settings) -> SourceOverrides:
+    """What the settings say about a source, for the readers."""
+    source = settings.source
+    return SourceOverrides(
+        sampling=source.sampling,
+        frame_interval=source.frame_interval,
+        energy=source.energy,
+        counts_per_electron=source.counts_per_electron,
+        defocus=list(source.defocus) if source.defocus else None,
+        dataset=source.dataset,
+        on_error=source.on_error,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- one movie
+
+
+def run_movie(engine: Engine, movie: PlannedMovie, redo: str | None = None) -> Outcome:
+    """Ingest, survey, prepare, process, collect one movie; a bad source quarantines it."""
+    begin = time.monotonic()
+    ledger = Ledger(engine.output / "ledger" / movie.name, engine.lease)
+    path = engine.output / f"{movie.name}.zarr"
+    try:
+        story = Story(engine, movie, ledger, ingest(engine, movie), redo)
+        story.survey()
+        story.prepare()
+        story.process()
+        outcome = dataclasses.replace(story.collect(), seconds=time.monotonic() - begin)
+        ledger.add("movie", status=outcome.status, reason="", seconds=round(outcome.seconds, 2))
+        return outcome
+    except SourceError as error:
+        log.error("%s is quarantined: %s", movie.name, error)
+        ledger.add("movie", status="quarantined", reason=str(error))
+        return Outcome(movie.name, "quarantined", path, reason=str(error))
+    finally:
+        ledger.flush()
+
+
+def ingest(engine: Engine, movie: PlannedMovie) -> store.Stack:
+    """The movie's stack, written first if it is not there yet; a source that is a stack already is used in place."""
+    settings = movie.settings
+    if movie.files.reader == "stack":
+        return store.open_stack(movie.files.paths[0])
+    description = describe(movie.files, overrides_of(settings))
+    target = engine.output / "stacks" / f"{movie.name}.zarr"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    engine.progress.begin(movie.name, "ingest", _frames_of(description, settings))
+    write_stack(
+        description, target, source=settings.source, stacks=settings.stacks, client=engine.client, stop=engine.stop,
+        progress=lambda frames: engine.progress.advance(movie.name, "ingest", frames),
+    )  # fmt: skip
+    return store.open_stack(target)
+
+
+def _frames_of(description: Description, settings: Settings) -> int:
+    first, end = settings.source.frames or (0, description.shape[0])
+    return max(0, min(end, description.shape[0]) - first)
+
+
+class Story:
+    """One movie's way through the steps after ingest."""
+
+    def __init__(
+        self, engine: Engine, movie: PlannedMovie, ledger: Ledger, stack: store.Stack, redo: str | None
+    ) -> None:
+        self.engine, self.movie, self.ledger, self.stack = engine, movie, ledger, stack
+        size = plan.block_frames(movie.settings, stack.shape)
+        # Tasks must agree on the cut, so they get it resolved.
+        cut = movie.settings.blocks.model_copy(update={"frames": size})
+        self.settings = movie.settings.model_copy(update={"blocks": cut})
+        self.path = engine.output / f"{movie.name}.zarr"
+        self.parts = engine.output / "parts" / movie.name
+        self.deps = plan.dependencies(movie.settings, str(stack.attributes["content_hash"]))
+        self.keys = plan.fingerprints(self.deps)
+        self.task = Task(
+            str(stack.path), str(self.path), str(self.parts), stack.shape[0], self.settings,
+            tuple(self.keys.items()), engine.device,
+        )  # fmt: skip
+        if redo is not None:
+            self._forget(plan.from_step(redo))
+        for step in TASKS:
+            self._note_dependencies(step)
+        store.create_run(self.path, self.attributes("running"))
+
+    def _forget(self, steps: Sequence[str]) -> None:
+        """Remove the parts of steps that the user wants computed again."""
+        for step in steps:
+            for part in self.parts.glob(f"{step}-*"):
+                part.unlink()
+        self.ledger.add("redo", steps=list(steps))
+
+    def _note_dependencies(self, step: str) -> None:
+        last = self.ledger.last_deps(step)
+        if last is None or last[0] != self.keys[step]:
+            self.ledger.add("deps", step=step, fingerprint=self.keys[step], deps=self.deps[step])
+
+    # ------------------------------------------------------------------------------------------------- the steps
+
+    def survey(self) -> None:
+        """A cheap pass over every block: noise, flags, pairwise shifts."""
+        self.step("calibrate")
+        self.step("survey")
+
+    def prepare(self) -> None:
+        """A handful of global answers, one task each."""
+        self.step("drift")
+        self.step("adapt")
+        self.step("vote")
+
+    def process(self) -> None:
+        """Every pixel once."""
+        self._create_images()
+        self.step("process")
+
+    def collect(self) -> Outcome:
+        """Part files to tables: the driver creates the arrays, tasks write whole shards."""
+        frames, size = self.stack.shape[0], self.settings.blocks.frames or 1
+        cuts = list(plan.blocks(frames, size))
+        rows = [self._rows(start, stop) for start, stop in cuts]
+        of_frames = collect.prefix_sum(cuts, [stop - start for start, stop in cuts])
+        of_columns = collect.prefix_sum(cuts, rows)
+        if not self.ledger.is_done("collect", 0, frames, self.keys["collect"]) or not self._is_complete():
+            self._write_tables(of_frames, of_columns, sum(rows))
+        dropped = frames - int((read_meta(self._global_part("drift")) or {}).get("good", frames))
+        if not self.movie.settings.stacks.keep and self.movie.files.reader != "stack":
+            shutil.rmtree(self.stack.path)
+        return Outcome(self.movie.name, "complete", self.path, frames, sum(rows), dropped)
+
+    def _write_tables(self, of_frames: Sequence[Piece], of_columns: Sequence[Piece], columns: int) -> None:
+        classes = blocks.classes_of(self.task)
+        known: dict[str, Any] = {"time": self.stack.time, "species_class": list(classes)}
+        sizes = {"species_class": len(classes)}
+        store.create_table(self.path, FRAMES, self.stack.shape[0], sizes=sizes, coordinates=known)
+        store.create_table(self.path, COLUMNS, columns, sizes={}, coordinates={})
+        shards = collect.shards(self.task, COLUMNS, of_columns) + collect.shards(self.task, FRAMES, of_frames)
+        name, seconds = self.movie.name, 0.0
+        self.engine.progress.begin(name, "collect", len(shards) + 1)
+        for _, result in self._stream(collect.write_shard, shards, "collect"):
+            seconds += sum(result["seconds"].values())
+            self.engine.progress.advance(name, "collect", 1)
+        graph.call(
+            self.engine.client, collect.write_examples, self.task, label="examples", stop=self.engine.stop,
+            resources=self.engine.resources,
+        )  # fmt: skip
+        self.engine.progress.advance(name, "collect", 1)
+        store.update_run(self.path, self.attributes("complete"))
+        self._done("collect", 0, self.stack.shape[0], {"seconds": {"collect": round(seconds, 4)}})
+
+    def _is_complete(self) -> bool:
+        return store.kind_of(self.path) == "run" and self._tables_exist()
+
+    def _tables_exist(self) -> bool:
+        tree = store.open_tree(self.path)
+        complete = "frames" in tree.children and "columns" in tree.children
+        tree.close()
+        if complete:
+            store.update_run(self.path, self.attributes("complete"))
+        return complete
+
+    # ------------------------------------------------------------------------------------------------ one step
+
+    def step(self, name: str) -> None:
+        """Compute the blocks of a step that are not finished, and put every result into the ledger."""
+        frames, size = self.stack.shape[0], self.settings.blocks.frames or 1
+        cuts = list(plan.step_blocks(name, frames, size))
+        todo = [cut for cut in cuts if not self._is_finished(name, *cut)]
+        self.engine.progress.begin(self.movie.name, name, frames)
+        self.engine.progress.advance(self.movie.name, name, frames - sum(stop - start for start, stop in todo))
+        tasks = (dataclasses.replace(self.task, start=start, stop=stop) for start, stop in todo)
+        current: Task | None = None
+        try:
+            for current, result in self._stream(TASKS[name], tasks, name):
+                self._done(name, current.start, current.stop, result)
+                self.engine.progress.advance(self.movie.name, name, current.stop - current.start)
+        except Stopped:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            self.ledger.add("failure", step=name, fingerprint=self.keys[name], reason=reason[:2000])
+            raise
+
+    def _stream(self, function: Callable[[Any], Any], items: Any, label: str) -> Iterator[tuple[Any, Any]]:
+        return graph.stream(
+            self.engine.client, function, items, label=f"{label}-{self.movie.name}", stop=self.engine.stop,
+            resources=self.engine.resources,
+        )  # fmt: skip
+
+    def _is_finished(self, name: str, start: int, stop: int) -> bool:
+        """Whether a block is finished; one whose record was lost with its driver is taken up into the ledger."""
+        if not plan.finished(self.ledger, self.parts, name, start, stop, self.keys[name]):
+            return False
+        if not self.ledger.is_done(name, start, stop, self.keys[name]):
+            meta = read_meta(part_path(self.parts, name, start, stop, self.keys[name])) or {}
+            self._done(name, start, stop, {"seconds": {}, "adopted": True, "rows": meta.get("rows", 0)})
+        return True
+
+    def _done(self, step: str, start: int, stop: int, result: Mapping[str, Any]) -> None:
+        facts = {"step": step, "start": start, "stop": stop, "fingerprint": self.keys[step], "status": "done"}
+        self.ledger.add("block", **facts, **result)
+
+    def _rows(self, start: int, stop: int) -> int:
+        return self.ledger.rows("process", start, stop)
+
+    def _global_part(self, step: str) -> Path:
+        return part_path(self.parts, step, 0, self.stack.shape[0], self.keys[step])
+
+    def _create_images(self) -> None:
+        """Create the arrays of images to keep, unless those of this very computation are there already."""
+        wanted = self.movie.settings.images.save
+        marker = part_path(self.parts, "images", 0, self.settings.blocks.frames or 1, self.keys["process"])
+        if not wanted or (marker.exists() and (self.path / "images").exists()):
+            return
+        self._forget(("process",))
+        for name in wanted:
+            units, meaning = ("electron", "denoised frame") if name == "denoised" else ("1", "probability of a column")
+            store.create_image(
+                self.path, name, time=self.stack.time, shape=self.stack.shape, sampling=self.stack.sampling,
+                origin=self.stack.origin, block_frames=self.settings.blocks.frames or 1, units=units, meaning=meaning,
+            )  # fmt: skip
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+
+    # ---------------------------------------------------------------------------------------------- provenance
+
+    def attributes(self, state: str) -> dict[str, Any]:
+        """What the run says of itself: where it came from, with which versions, settings and models."""
+        found = {step: read_meta(self._global_part(step)) or {} for step in ("calibrate", "drift", "adapt", "vote")}
+        source = self.stack.attributes.get("source", {})
+        stack = self.stack.path
+        inside = stack.is_relative_to(self.engine.output)
+        return {
+            "state": state,
+            "movie": self.movie.name,
+            "versions": versions(),
+            "settings": self.settings.model_dump(mode="json"),
+            "sources": source.get("files", []),
+            "content_hash": self.stack.attributes["content_hash"],
+            "sampling": self.stack.sampling,
+            "energy": self.stack.attributes.get("energy"),
+            "stack": str(stack.relative_to(self.engine.output)) if inside else str(stack),
+            "models": {"denoise": found["adapt"], "segment": {"name": self.movie.settings.segment.model,
+                       "sha256": self.deps["vote"]["vote.weights"]}},
+            "prepare": {"noise": found["calibrate"].get("noise"), "bad_pixels": found["calibrate"].get("bad_pixels"),
+                        "good_frames": found["drift"].get("good"), "polarity": found["vote"].get("polarity")},
+            "plan": {"fingerprints": self.keys, "block_frames": self.settings.blocks.frames,
+                     "blocks": math.ceil(self.stack.shape[0] / (self.settings.blocks.frames or 1))},
+            "notes": [*source.get("notes", []), *_notes(found, self.stack.sampling)],
+        }  # fmt: skip
+
+
+def _notes(found: Mapping[str, Mapping[str, Any]], sampling: float) -> list[str]:
+    """What a reader of the results should know before trusting them."""
+    notes = []
+    noise = found["calibrate"].get("noise")
+    if noise is not None and not noise["calibrated"]:
+        notes.append("counts are not calibrated: electrons are effective ones fitted to the noise; dose is left out")
+    if found["vote"].get("usable") is False:
+        notes.append(f"no columns were looked for: {sampling:g} Å/px is outside of what the network resolves")
+    return notes
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed a run."""
+    names = ("colonnade", "dask", "distributed", "numpy", "torch", "xarray", "zarr")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
