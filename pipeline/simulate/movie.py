@@ -71,11 +71,11 @@ def simulate_movie(spec: MovieSpec, seed: int) -> SimulatedMovie:
     noise is added last, independent from pixel to pixel.
     """
     scene = build_scene(spec, seed)
-    camera = _Camera(scene)
+    camera = Camera(scene)
     defocus = camera.find_defocus() if spec.defocus is None else spec.defocus
     clean = np.stack([camera.image(frame, defocus) for frame in range(spec.frames)])
     columns = [columns_of(scene, frame, camera.origin) for frame in range(spec.frames)]
-    polarity, share = _polarity(clean[0], columns[0], spec)
+    polarity, share = polarity_of(clean[0], columns[0], spec)
     counts = detector.record(
         clean,
         np.random.default_rng([seed, 2]),
@@ -93,7 +93,7 @@ def simulate_frames(shape: tuple[int, int], frames: int, *, sampling: float, dos
     return simulate_movie(MovieSpec(kind="vacuum", shape=shape, frames=frames, sampling=sampling, dose=dose), seed)
 
 
-class _Camera:
+class Camera:
     """Turns frames of a scene into clean images; keeps what several frames share."""
 
     def __init__(self, scene: Scene) -> None:
@@ -107,10 +107,16 @@ class _Camera:
         self.kept: dict[bytes, np.ndarray] = {}
 
     def image(self, frame: int, defocus: float) -> np.ndarray:
+        """Clean relative intensity (y, x) of one frame at a defocus [Å]."""
         spec = self.scene.spec
         if spec.kind == "vacuum":
             return np.ones(spec.shape, np.float32)
         canvas = self._still_canvas(frame, defocus) if spec.still else self._canvas(frame, defocus)
+        return self.on_detector(canvas)
+
+    def on_detector(self, canvas: np.ndarray) -> np.ndarray:
+        """What the detector sees of a canvas (y, x): blurred by its MTF, without the border."""
+        spec = self.scene.spec
         canvas = detector.apply_mtf(canvas, spec.mtf) if spec.mtf else canvas
         (top, left), (height, width) = self.corner, spec.shape
         return np.ascontiguousarray(canvas[top : top + height, left : left + width])
@@ -122,12 +128,12 @@ class _Camera:
         truth = truth[truth["visible"]]
         if spec.mode == "haadf" or not len(truth):
             return 0.0 if spec.mode == "haadf" else 60.0
-        wave = self._wave(0, self.scene.drift[0])
+        wave = self.wave(0, self.scene.drift[0])
         sign = 1 if spec.contrast == "bright" else -1
         y, x = truth["y"] + self.corner[0], truth["x"] + self.corner[1]
         merit = []
         for defocus in DEFOCI:
-            values = sign * imaging.column_contrast(self._ctf(wave, defocus), y, x, 1.2 / spec.sampling)
+            values = sign * imaging.column_contrast(self.with_ctf(wave, defocus), y, x, 1.2 / spec.sampling)
             merit.append(values.mean() - values.std() + np.quantile(values, 0.05))
         return float(DEFOCI[int(np.argmax(merit))])
 
@@ -138,12 +144,14 @@ class _Camera:
         inside = ((points[:, :2] >= 0) & (points[:, :2] < extent)).all(1)
         return points[inside], numbers[inside]
 
-    def _wave(self, frame: int, drift: np.ndarray) -> Any:
+    def wave(self, frame: int, drift: np.ndarray) -> Any:
+        """The abTEM wave that leaves the specimen of one frame, moved by a drift (2,) [Å]."""
         spec = self.scene.spec
         points, numbers = self._placed(frame, drift)
         return imaging.exit_wave(points, numbers, gpts=self.gpts, sampling=spec.sampling, energy=spec.energy)
 
-    def _ctf(self, wave: Any, defocus: float, *, complex_wave: bool = False) -> np.ndarray:
+    def with_ctf(self, wave: Any, defocus: float, *, complex_wave: bool = False) -> np.ndarray:
+        """Intensity (y, x) of the canvas, or the wave itself, behind the objective lens at a defocus [Å]."""
         spec = self.scene.spec
         return imaging.hrtem(
             wave,
@@ -160,7 +168,7 @@ class _Camera:
         if spec.mode == "haadf":
             points, numbers = self._placed(frame, drift)
             return imaging.haadf(points, numbers, gpts=self.gpts, sampling=spec.sampling, probe=spec.probe)
-        return self._ctf(self._wave(frame, drift), defocus)
+        return self.with_ctf(self.wave(frame, drift), defocus)
 
     def _still_canvas(self, frame: int, defocus: float) -> np.ndarray:
         spec = self.scene.spec
@@ -170,7 +178,7 @@ class _Camera:
                 points, numbers = self._placed(frame, np.zeros(2))
                 made = imaging.haadf(points, numbers, gpts=self.gpts, sampling=spec.sampling, probe=spec.probe)
             else:
-                made = self._ctf(self._wave(frame, np.zeros(2)), defocus, complex_wave=True)
+                made = self.with_ctf(self.wave(frame, np.zeros(2)), defocus, complex_wave=True)
             self.kept = {key: fft2(made)}  # states follow one another: only the last is worth keeping
         k = np.fft.fftfreq(self.gpts)
         dy, dx = self.scene.drift[frame] / spec.sampling
@@ -179,7 +187,7 @@ class _Camera:
         return (moved.real if spec.mode == "haadf" else np.abs(moved) ** 2).astype(np.float32)
 
 
-def _polarity(clean: np.ndarray, truth: np.ndarray, spec: MovieSpec) -> tuple[int, float]:
+def polarity_of(clean: np.ndarray, truth: np.ndarray, spec: MovieSpec) -> tuple[int, float]:
     """The sign that at least 85 % of the visible columns have, else 0, and the share that has the commoner sign."""
     truth = truth[truth["visible"]]
     if not len(truth):

@@ -24,6 +24,7 @@ class MovieSpec:
     kind: nanoparticle, graphene, hbn, mos2, wse2, carbon (film only) or vacuum (pure noise).
     contrast: bright or dark atoms in HRTEM; the defocus (> 0 is underfocus) is then found by a scan unless it is given.
     drift_step and drift_jitter are per frame; drift_limit bounds the drift. mtf: coefficients c0, c1, c2, c3 or None.
+    hole: radius of a hole in a sheet.
     min_atoms: columns with fewer atoms are kept in the truth but not marked visible (default 3, sheets 1).
     For HAADF, dose counts the electrons that reach the detector.
     """
@@ -47,6 +48,7 @@ class MovieSpec:
     vibration: float = 0.05
     vacancies: float = 0.01
     dopants: float = 0.004
+    hole: float = 0.0
     events: int = 6
     rotation_step: float = 0.0
     drift_step: float = 0.06
@@ -168,7 +170,9 @@ def _well_inside(crystal: Specimen, spec: MovieSpec, reach: np.ndarray) -> np.nd
 def _crystal(rng: np.random.Generator, spec: MovieSpec, reach: float) -> Specimen:
     if spec.kind in SHEETS:
         dopants = spec.dopants if spec.kind == "graphene" else 0.0
-        return structures.sheet(rng, kind=spec.kind, reach=reach, vacancies=spec.vacancies, dopants=dopants)
+        return structures.sheet(
+            rng, kind=spec.kind, reach=reach, vacancies=spec.vacancies, dopants=dopants, hole=spec.hole
+        )
     if spec.kind != "nanoparticle":
         return structures.empty()
     half = np.array(spec.field_of_view) / 2

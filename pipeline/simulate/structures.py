@@ -124,9 +124,12 @@ def _tilted(points: np.ndarray, tilt: float) -> np.ndarray:
     return np.asarray(points @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]).T)
 
 
-def sheet(rng: np.random.Generator, *, kind: str, reach: float, vacancies: float, dopants: float) -> Specimen:
+def sheet(
+    rng: np.random.Generator, *, kind: str, reach: float, vacancies: float, dopants: float, hole: float
+) -> Specimen:
     """A 2D crystal of half-width `reach` [Å] with a share of vacancies (chalcogens, or any atom) and of Si dopants.
 
+    `hole` is the radius [Å] of a round hole near the middle, 0 for none.
     Raises SettingsError for an unknown kind.
     """
     if kind not in SHEETS:
@@ -142,6 +145,8 @@ def sheet(rng: np.random.Generator, *, kind: str, reach: float, vacancies: float
     points = turned(np.column_stack([flat, depth]), rng.uniform(0, 2 * np.pi))
     light = numbers < 40 if numbers.max() > 40 else np.ones(len(numbers), bool)
     keep = (np.abs(points[:, :2]).max(1) < reach) & ~(light & (rng.random(len(points)) < vacancies))
+    if hole:
+        keep &= np.linalg.norm(points[:, :2] - rng.uniform(-1.2 * hole, 1.2 * hole, 2), axis=1) > hole
     points, numbers, light = points[keep], numbers[keep], light[keep]
     numbers = np.where((rng.random(len(points)) < dopants) & (numbers == 6), 14, numbers)
     column = _grouped(points)

@@ -1,0 +1,115 @@
+"""Run a network over a large image in windows, and blend what it says without seams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from schemas.errors import SettingsError
+
+
+def blend(
+    function: Callable[[Tensor], Tensor],
+    image: Tensor,
+    *,
+    window: int | None,
+    halo: int,
+    receptive_radius: int,
+    batch: int,
+) -> Tensor:
+    """Output (c_out, y, x) of `function` on image (c, y, x), computed in windows of edge `window` [px].
+
+    `function` maps (batch, c, h, w) to (batch, c_out, h, w). The image is continued by reflection by `halo` on each
+    side, once; a window is a core and a halo per side. In each window the border of `receptive_radius`, which depends
+    on where the window was cut, is trimmed *before* what is left is weighted by a Hamming window and added up. So
+    every window size gives the same answer up to rounding. `window` None computes the image in one piece.
+    The last batch is padded, so that all batches have one shape. Raises SettingsError where sizes do not fit.
+    """
+    _check(window, halo, receptive_radius)
+    height, width = image.shape[-2:]
+    if window is None or (window >= height + 2 * halo and window >= width + 2 * halo):
+        rows, cols = (reflected(-halo, n + halo, n, device=image.device) for n in (height, width))
+        padded = image.index_select(-2, rows).index_select(-1, cols)
+        return function(padded[None])[0, :, halo : halo + height, halo : halo + width].clone()
+    total = torch.empty(0)
+    weights = image.new_zeros(height, width)
+    places = [(y, x) for y in _starts(height, window, halo) for x in _starts(width, window, halo)]
+    for first in range(0, len(places), batch):
+        group = places[first : first + batch]
+        stack = torch.stack([_cut(image, y, x, window) for y, x in group + [group[-1]] * (batch - len(group))])
+        made = function(stack)
+        if not total.numel():
+            total = made.new_zeros(made.shape[1], height, width)
+        for (y, x), output in zip(group, made, strict=False):
+            _add(total, weights, output, (y, x), receptive_radius)
+    return total.div_(weights)
+
+
+def _check(window: int | None, halo: int, receptive_radius: int) -> None:
+    if halo < receptive_radius:
+        raise SettingsError(
+            f"the halo is {halo} px; expected at least the receptive radius of the network, {receptive_radius} px"
+        )
+    if window is not None and window <= 2 * halo:
+        raise SettingsError(
+            f"the window is {window} px; expected more than two halos of {halo} px; set segment.window to at least "
+            f"{4 * halo} or to none"
+        )
+
+
+def reflected(start: int, stop: int, size: int, *, device: torch.device | None = None) -> Tensor:
+    """Indices (stop − start,) into an axis of `size` that is continued by reflection about its end pixels."""
+    period = max(2 * (size - 1), 1)
+    index = torch.arange(start, stop, device=device).remainder(period)
+    return torch.minimum(index, period - index) if size > 1 else torch.zeros_like(index)
+
+
+def _starts(size: int, window: int, halo: int) -> Iterator[int]:
+    """First pixel of each window along an axis; cores tile the axis, the last window ends with the halo."""
+    core = window - 2 * halo
+    last = max(size - core, 0) - halo
+    yield from range(-halo, last, core)
+    yield last
+
+
+def _cut(image: Tensor, y: int, x: int, window: int) -> Tensor:
+    height, width = image.shape[-2:]
+    rows = reflected(y, y + window, height, device=image.device)
+    cols = reflected(x, x + window, width, device=image.device)
+    return image.index_select(-2, rows).index_select(-1, cols)
+
+
+def _add(total: Tensor, weights: Tensor, output: Tensor, place: tuple[int, int], trim: int) -> None:
+    """Add one window's trimmed, weighted output at its place; what lies outside the image is dropped."""
+    slices, parts = [], []
+    for start, edge, size in zip(place, output.shape[-2:], weights.shape, strict=True):
+        inner = start + trim, start + edge - trim
+        kept = max(inner[0], 0), min(inner[1], size)
+        slices.append(slice(*kept))
+        parts.append(slice(kept[0] - start, kept[1] - start))
+    edge = output.shape[-1] - 2 * trim
+    hamming = torch.hamming_window(edge, periodic=False, dtype=output.dtype, device=output.device)
+    vertical, horizontal = (hamming[part.start - trim : part.stop - trim] for part in parts)
+    weight = vertical[:, None] * horizontal
+    total[:, slices[0], slices[1]] += output[:, parts[0], parts[1]] * weight
+    weights[slices[0], slices[1]] += weight
+
+
+def working_bytes(
+    shape: tuple[int, int], *, channels: int, maps: int, window: int | None, halo: int, batch: int, itemsize: int = 4
+) -> int:
+    """Bytes that `blend` needs beside its input: accumulators, and a network of `maps` feature maps on one batch.
+
+    shape (y, x) of the image, `channels` of the output. The network's last input and its outputs count twice.
+    """
+    height, width = shape
+    rows, cols = height + 2 * halo, width + 2 * halo
+    if window is not None and (window < rows or window < cols):
+        rows = cols = window
+        accumulators = (channels + 1) * height * width
+    else:
+        batch, accumulators = 1, channels * height * width
+    per_pixel = maps + 2 * channels + 3
+    return itemsize * (accumulators + batch * rows * cols * per_pixel)
