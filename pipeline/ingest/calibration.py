@@ -165,6 +165,22 @@ def _file_times(clock: Clock | None, frames: int) -> tuple[np.ndarray, str]:
     return np.arange(frames) * (interval * scale), ""
 
 
+def fill_gaps(stamps: list[float]) -> tuple[tuple[float, ...], int]:
+    """Time stamps with the unknown ones (NaN) interpolated or continued at the mean interval, and how many those are."""
+    values = np.asarray(stamps, np.float64)
+    known = np.flatnonzero(np.isfinite(values))
+    gaps = len(values) - len(known)
+    if gaps == 0 or len(known) < 2:
+        return tuple(stamps), gaps
+    index = np.arange(len(values))
+    filled = np.interp(index, known, values[known])
+    first, last = known[0], known[-1]
+    step = (values[last] - values[first]) / (last - first)
+    filled[:first] = values[first] + step * (index[:first] - first)
+    filled[last + 1 :] = values[last] + step * (index[last + 1 :] - last)
+    return tuple(filled.tolist()), gaps
+
+
 def _summary(values: np.ndarray, clock: Clock) -> str:
     mean = values[-1] / max(len(values) - 1, 1)
     return f"{mean:.6g} s between frames ({clock.where})"

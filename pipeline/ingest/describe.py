@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.ingest import calibration
 from pipeline.ingest.calibration import Findings, SourceOverrides
 from pipeline.ingest.facts import Clock, Facts
+from pipeline.ingest.formats_tvips import check_parts
 from pipeline.ingest.readers import STACK, inspect
 from pipeline.ingest.sources import MovieFiles
 from schemas.errors import SourceError
@@ -82,6 +83,8 @@ def describe(files: MovieFiles, overrides: SourceOverrides) -> Description:
     findings.stop_on_problems("settings")
     if files.reader == STACK:
         raise SourceError(f"{files.paths[0]}: is already a stack of Colonnade; it needs no description.")
+    if files.reader == "tvips":
+        check_parts(files.paths)
     members = _members(files, overrides)
     first = _agreeing(members)
     good = _good_planes(members, first, overrides, findings)
@@ -215,31 +218,37 @@ def _times(
         return np.zeros(leading[0])
     recorded = sum(member.facts.leading[0] if member.facts else first.leading[0] for member in members)
     step = max(recorded // leading[0], 1)
-    clock = first.clock if len(members) == 1 else _joint_clock(members)
-    if clock is not None and clock.stamps is not None and step > 1 and len(clock.stamps) == recorded:
-        clock = dataclasses.replace(clock, stamps=clock.stamps[::step])
-        recorded, interval, step = leading[0], interval and interval * step, 1
+    clock = first.clock
+    if len(members) > 1 or (clock is not None and clock.stamps is not None):
+        clock = _joint_clock(members, findings)
     values = calibration.times(clock, recorded, interval, findings, hint=first.hint)
     return values[::step][: leading[0]]
 
 
-def _joint_clock(members: list[_Member]) -> Clock | None:
-    """Time stamps through all files of a movie, where each of them has its own."""
+def _joint_clock(members: list[_Member], findings: Findings) -> Clock | None:
+    """Time stamps through all files of a movie where each has its own; those of damaged frames are interpolated."""
     stamps: list[float] = []
-    where = "the files"
+    where = ""
     for member in members:
         facts = member.facts
         if facts is None:
-            return None
-        if facts.clock is not None and facts.clock.stamps is not None and facts.clock.unit == "s":
-            stamps += facts.clock.stamps
-            where = facts.clock.where
+            stamps.append(math.nan)
+        elif facts.clock is not None and facts.clock.stamps is not None:
+            lost = facts.leading[0] - len(facts.clock.stamps) if facts.bad else 0
+            stamps += [*facts.clock.stamps, *[math.nan] * lost]
+            where = where or facts.clock.where
+            unit = facts.clock.unit
         elif facts.planes == 1 and facts.origin is not None:
             stamps.append(facts.origin)
-            where = "the acquisition times of the files"
+            where, unit = where or "the acquisition times of the files", "s"
         else:
             return None
-    return Clock(where, "s", stamps=tuple(stamps))
+    if not where:
+        return None
+    filled, gaps = calibration.fill_gaps(stamps)
+    if gaps:
+        findings.notes.append(f"frame times: those of {gaps} damaged frames are interpolated")
+    return Clock(where, unit, stamps=filled)
 
 
 def _same_sampling(members: list[_Member], expected: float, findings: Findings) -> None:

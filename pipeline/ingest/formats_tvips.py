@@ -35,6 +35,16 @@ def part_number(path: Path) -> tuple[str, int] | None:
     return (found["stem"], int(found["part"])) if found else None
 
 
+def all_parts(paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    """The whole recording where its part 000 is named; later parts alone stay what they are, and are refused later."""
+    first = part_number(paths[0])
+    if first is None or first[1] != 0:
+        return paths
+    beside = [path for path in paths[0].parent.iterdir() if path.suffix.lower() == paths[0].suffix.lower()]
+    parts = {part[1]: path for path in beside if (part := part_number(path)) is not None and part[0] == first[0]}
+    return tuple(parts[number] for number in sorted(parts))
+
+
 def check_parts(paths: tuple[Path, ...]) -> None:
     """The parts of a recording must be there from 000 on, without a gap."""
     numbers = [part_number(path) for path in paths]

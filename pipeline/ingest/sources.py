@@ -11,6 +11,7 @@ from pathlib import Path
 
 from natsort import natsorted, ns
 
+from pipeline.ingest.formats_tvips import all_parts, part_number
 from pipeline.ingest.readers import STACK, inspect, reader_for
 from schemas.errors import SourceError
 
@@ -116,8 +117,10 @@ def _group(paths: list[Path], dataset: str | None) -> list[MovieFiles]:
             movies += [MovieFiles(path.stem, (path,), key[2]) for path in members]
             continue
         ordered = tuple(_natural(members))
-        name = _name(key, ordered)
-        movies.append(MovieFiles(name, ordered, key[2]))
+        if key[0] == "parts":
+            ordered = all_parts(ordered)
+        alone = sum(other[:2] == key[:2] for other in groups) == 1
+        movies.append(MovieFiles(_name(key, ordered, alone), ordered, key[2]))
     return movies
 
 
@@ -128,8 +131,8 @@ def _key(path: Path, dataset: str | None) -> tuple[tuple[str, ...], bool]:
     reader = reader_for(path)
     if reader is None:  # _claim has seen to it
         raise SourceError(f"{path}: no reader claims it.")
-    if reader.name == "tvips":
-        return ("parts", str(path.parent / path.stem.rpartition("_")[0]), "tvips"), False
+    if reader.name == "tvips" and (part := part_number(path)) is not None:
+        return ("parts", str(path.parent / part[0]), "tvips"), False
     try:
         facts = inspect(path, reader.name, dataset)
     except SourceError:  # damaged: it belongs to the single frames beside it, if there are any
@@ -139,12 +142,13 @@ def _key(path: Path, dataset: str | None) -> tuple[tuple[str, ...], bool]:
     return ("file", str(path), reader.name), False
 
 
-def _name(key: tuple[str, ...], paths: tuple[Path, ...]) -> str:
+def _name(key: tuple[str, ...], paths: tuple[Path, ...], alone: bool) -> str:
     if key[0] == "parts":
         return Path(key[1]).name or paths[0].stem
     if len(paths) == 1:
         return paths[0].stem
-    return paths[0].resolve().parent.name
+    folder = paths[0].resolve().parent.name or "movie"
+    return folder if alone else f"{folder}_{key[2]}"
 
 
 def is_zarr(path: Path) -> bool:
