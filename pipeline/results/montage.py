@@ -1,0 +1,210 @@
+"""Example frames of a report: raw, denoised, and where columns were found, with a calibrated scale bar.
+
+The pixels are PNG; scale bar and markers are vectors on top, in pixel coordinates (the centre of pixel 0 is at 0.5).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import xarray as xr
+from PIL import Image
+from scipy.spatial import cKDTree
+
+from pipeline.results.markup import Markup, data_uri, element, join, number_text
+from pipeline.results.open import columns_of_frame, to_detector
+
+MOST_PIXELS = 640
+"""Longer edges are averaged down for the overview."""
+DETAIL = 14.0  # Å, edge of the magnified square
+CIRCLE = 0.75  # Å, radius of the marker of a column
+
+Window = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A crop of one frame: images (y, x); points and errors (column, 2) y, x [px] in it; sampling [Å/px]; its facts."""
+
+    frame: int
+    time: float
+    raw: np.ndarray
+    denoised: np.ndarray
+    points: np.ndarray
+    errors: np.ndarray
+    sampling: float
+    snr: float
+    dose: float
+
+
+def examples(run: xr.DataTree, frames: list[int] | None = None, most: int = 4) -> Iterator[Example]:
+    """The stored example frames (those nearest to ``frames`` where given, else ``most`` spread over them)."""
+    if "examples" not in run.children:
+        return
+    stored = run["examples"].to_dataset()
+    index = stored["frame"].values
+    if not index.size:
+        return
+    if frames is None:
+        chosen = np.unique(np.linspace(0, len(index) - 1, min(most, len(index))).round().astype(int))
+    else:
+        chosen = np.unique([int(np.argmin(np.abs(index - frame))) for frame in frames])
+    for i in chosen:
+        yield _example(run, stored.isel(example=int(i)).load())
+
+
+def _example(run: xr.DataTree, stored: xr.Dataset) -> Example:
+    frame, sampling = int(stored["frame"]), float(stored.attrs["sampling"])
+    origin = np.array([stored.attrs["origin_y"], stored.attrs["origin_x"]], dtype=float)
+    points, errors = np.zeros((0, 2)), np.zeros((0, 2))
+    if "columns" in run.children:
+        columns = to_detector(run, columns_of_frame(run, frame))
+        points = np.stack([columns["y_detector"].values, columns["x_detector"].values], axis=1)
+        points = (points - origin) / sampling
+        errors = np.stack([columns["y_err"].values, columns["x_err"].values], axis=1) / sampling
+        height, width = stored["raw"].shape
+        inside = ((points > -0.5) & (points < np.array([height, width]) - 0.5)).all(axis=1)
+        points, errors = points[inside], errors[inside]
+    facts = cast(xr.Dataset, run["frames"].to_dataset()[["snr", "dose"]].isel(time=frame))
+    return Example(
+        frame=frame,
+        time=float(facts["time"]),
+        raw=stored["raw"].values,
+        denoised=stored["denoised"].values,
+        points=points,
+        errors=errors,
+        sampling=sampling,
+        snr=float(facts["snr"]),
+        dose=float(facts["dose"]),
+    )
+
+
+def example_figure(example: Example) -> Markup:
+    """Raw, denoised and columns side by side, whole and magnified."""
+    height, width = example.raw.shape
+    whole = (0, height, 0, width)
+    detail = detail_window(example)
+    rows = [_row(example, whole, detail)] + ([_row(example, detail, None)] if detail else [])
+    facts = [f"Frame {example.frame}, {number_text(example.time)} s: {len(example.points):,} columns in view"]
+    facts += [f"signal-to-noise ratio {number_text(example.snr)}"] if math.isfinite(example.snr) else []
+    facts += [f"{number_text(example.dose)} e⁻/Å²"] if math.isfinite(example.dose) else []
+    return element("figure", *rows, element("figcaption", "; ".join(facts) + "."), class_="example")
+
+
+def _row(example: Example, window: Window, box: Window | None) -> Markup:
+    frame = f"frame {example.frame}"
+    kind = "magnified" if box is None and window != (0, example.raw.shape[0], 0, example.raw.shape[1]) else "whole"
+    outline = _outline(window, box)
+    marks = _crosses(example, window) if kind == "magnified" else _circles(example, window)
+    panels = (
+        ("raw", example.raw, (1.0, 99.0), outline),
+        ("denoised", example.denoised, (0.5, 99.8), None),
+        ("columns", example.denoised, (0.5, 99.8), marks),
+    )
+    drawn = []
+    for name, image, limits, over in panels:
+        picture = _panel(image, window, example.sampling, limits, over, f"{name}, {frame}, {kind}")
+        drawn.append(element("div", element("span", name, class_="name"), picture))
+    return element("div", *drawn, class_="panels")
+
+
+def _panel(
+    image: np.ndarray,
+    window: Window,
+    sampling: float,
+    limits: tuple[float, float],
+    over: Markup | None,
+    label: str,
+) -> Markup:
+    y0, y1, x0, x1 = window
+    height, width = y1 - y0, x1 - x0
+    low, high = np.percentile(image[np.isfinite(image)], limits) if np.isfinite(image).any() else (0.0, 1.0)
+    picture = element(
+        "image", href=data_uri(_png(image[y0:y1, x0:x1], low, high), "image/png"), width=width, height=height,
+        preserveAspectRatio="none", class_="pixels",
+    )  # fmt: skip
+    bar = _scale_bar(width, height, sampling)
+    return element("svg", picture, over, bar, viewBox=f"0 0 {width} {height}", role="img", aria_label=label)
+
+
+def _png(image: np.ndarray, low: float, high: float) -> bytes:
+    factor = math.ceil(max(image.shape) / MOST_PIXELS)
+    if factor > 1:
+        height, width = (size // factor * factor for size in image.shape)
+        tiles = image[:height, :width].reshape(height // factor, factor, width // factor, factor)
+        image = tiles.mean(axis=(1, 3))
+    scaled = np.clip((np.nan_to_num(image, nan=low) - low) / max(high - low, 1e-12), 0, 1)
+    buffer = io.BytesIO()
+    Image.fromarray((scaled * 255).round().astype(np.uint8)).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def detail_window(example: Example) -> Window | None:
+    """A square of ``DETAIL`` Å with as many columns as any; None where the crop is hardly larger."""
+    height, width = example.raw.shape
+    edge = round(DETAIL / example.sampling)
+    if edge < 16 or edge > 0.6 * min(height, width):
+        return None
+    centre = np.array([height / 2, width / 2])
+    if len(example.points):
+        tree = cKDTree(example.points)
+        best = np.asarray(tree.query_ball_point(example.points, edge / 2, p=np.inf, return_length=True))
+        full = np.flatnonzero(best >= 0.9 * best.max())
+        centre = example.points[full[np.argmin(np.hypot(*(example.points[full] - centre).T))]]
+    y0, x0 = (int(np.clip(c - edge / 2, 0, size - edge)) for c, size in zip(centre, (height, width), strict=True))
+    return y0, y0 + edge, x0, x0 + edge
+
+
+def scale_length(width: float) -> float:
+    """The length [Å] of 1, 2 or 5 times a power of ten that is nearest below a third of ``width`` [Å]."""
+    power = 10.0 ** math.floor(math.log10(width / 3))
+    return max(step * power for step in (1, 2, 5) if step * power <= width / 3)
+
+
+def _scale_bar(width: int, height: int, sampling: float) -> Markup:
+    length = scale_length(width * sampling)
+    text = f"{length / 10:g} nm" if length >= 10 else f"{length:g} Å"
+    pixels, unit = length / sampling, width / 100
+    x, y = 4 * unit, height - 5 * unit
+    bar = element("rect", x=f"{x:.2f}", y=f"{y:.2f}", width=f"{pixels:.3f}", height=f"{1.6 * unit:.2f}", class_="bar")
+    words = element(
+        "text", text, x=f"{x + pixels / 2:.2f}", y=f"{y - 1.8 * unit:.2f}", font_size=f"{6 * unit:.2f}",
+        stroke_width=f"{unit:.2f}", class_="bartext",
+    )  # fmt: skip
+    return join([bar, words])
+
+
+def _circles(example: Example, window: Window) -> Markup:
+    radius = max(CIRCLE / example.sampling, 1.5)
+    marks = [
+        element("circle", cx=f"{x + 0.5 - window[2]:.2f}", cy=f"{y + 0.5 - window[0]:.2f}", r=f"{radius:.2f}")
+        for y, x in example.points
+    ]
+    return element("g", *marks, class_="marks", stroke_width=f"{max(0.25 / example.sampling, 0.5):.2f}")
+
+
+def _crosses(example: Example, window: Window) -> Markup:
+    """A cross on each column whose arms are 0.5 Å, and the ellipse of three standard errors."""
+    y0, y1, x0, x1 = window
+    arm = 0.5 / example.sampling
+    marks = []
+    for (y, x), (y_err, x_err) in zip(example.points, np.nan_to_num(example.errors), strict=True):
+        cy, cx = y + 0.5 - y0, x + 0.5 - x0
+        if -1 < cy < y1 - y0 + 1 and -1 < cx < x1 - x0 + 1:
+            lines = f"M{cx - arm:.2f} {cy:.2f}H{cx + arm:.2f}M{cx:.2f} {cy - arm:.2f}V{cy + arm:.2f}"
+            ellipse = element("ellipse", cx=f"{cx:.2f}", cy=f"{cy:.2f}", rx=f"{3 * x_err:.2f}", ry=f"{3 * y_err:.2f}")
+            marks += [element("path", d=lines), ellipse]
+    return element("g", *marks, class_="marks", stroke_width=f"{0.1 / example.sampling:.2f}")
+
+
+def _outline(window: Window, box: Window | None) -> Markup | None:
+    if box is None:
+        return None
+    y0, y1, x0, x1 = box
+    unit = (window[3] - window[2]) / 100
+    return element("rect", x=x0, y=y0, width=x1 - x0, height=y1 - y0, class_="box", stroke_width=f"{0.6 * unit:.2f}")
