@@ -15,7 +15,9 @@ it is not data: its error is unknown and part of it is this frame's own noise. S
    E d² = C - 2 c + tau². `share` says how far the start follows this frame's own noise: 1/K for a mean of K frames.
    The frame's own columns measure rho = mean d²/C, hence kappa = tau²/C = rho - 1 + 2 share. The best combination is
    start + w d, w = (kappa - share)/rho, of variance C (kappa - (kappa - share)²/rho). An unhelpful denoised frame
-   (rho >> 1) leaves the measured frame's own fit, w -> 1; a perfect one leaves the start.
+   (rho >> 1) leaves the measured frame's own fit, w -> 1; a perfect one leaves the start. What all columns of the
+   frame have in common in d (neighbouring frames were aligned by whole pixels) is known much better than each d, so
+   it is split off first and weighed by itself, after James and Stein: shift (1 - 4 (1 - share)/rho_shift)+.
 
 All is float64: the normal equations lose half the digits, the problem is tiny, and devices then agree to 1e-9 px.
 """
@@ -158,9 +160,9 @@ def _posterior(
     covariance = torch.linalg.inv(hessian)
     step = torch.einsum("nab,nb->na", covariance, gradient)
     bound = torch.diagonal(covariance, dim1=1, dim2=2)
-    weight, kappa = _combination(step[fitted, 2:4] ** 2 / bound[fitted, 2:4], share)
-    position = torch.where(fitted[:, None], fit.position + weight * step[:, 2:4], guess) + scene.centre
-    error = torch.where(fitted[:, None], torch.sqrt(kappa * bound[:, 2:4]), scene.radius[:, None])
+    move, variance = _combination(step[:, 2:4], bound[:, 2:4], fitted, share)
+    position = torch.where(fitted[:, None], fit.position + move, guess) + scene.centre
+    error = torch.where(fitted[:, None], torch.sqrt(variance), scene.radius[:, None])
     area = 2 * torch.pi * fit.width**2
     noise = torch.sqrt(bound[:, 0])
     values = {
@@ -178,14 +180,29 @@ def _posterior(
     return {name: values[name].cpu().numpy() for name in _NAMES}
 
 
-def _combination(ratio: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight of the measured step and posterior variance in units of the bound, from d²/C (column, axis)."""
-    # Clipped at three standard deviations (0.455 is the median of chi²): one column that the model does not describe
-    # must not set all errors.
-    scale = torch.clamp(ratio.median() / 0.455, min=1.0) if ratio.numel() else torch.ones((), dtype=ratio.dtype)
-    total = torch.minimum(ratio, 9 * scale.to(ratio.device)).sum()
-    rho = ((PRIOR_COUNT * (1 - share) + total) / (PRIOR_COUNT + ratio.numel())).clamp(min=1e-6)
+def _combination(
+    step: torch.Tensor, bound: torch.Tensor, fitted: torch.Tensor, share: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far to follow the measured frame (column, axis) [px], and the posterior variance (column, axis) [px²]."""
+    use = fitted[:, None].to(step.dtype)
+    count = use.sum().clamp(min=1.0)
+    ratio = (step**2 / bound)[fitted]
+    # Clipped at three standard deviations (0.455 is the median of chi²): a few columns that the model does not describe
+    # must set neither the frame's shift nor all errors.
+    scale = torch.clamp(ratio.median() / 0.455, min=1.0) if len(ratio) else torch.ones_like(count)
+    limit = 3 * torch.sqrt(scale * bound)
+    clipped = torch.maximum(torch.minimum(step, limit), -limit)
+    sureness = use / bound
+    shift = (clipped * sureness).sum(dim=0) / sureness.sum(dim=0).clamp(min=1e-12)
+    shift_variance = 1 / sureness.sum(dim=0).clamp(min=1e-12)
+    rho_shift = (shift**2 / shift_variance).mean().clamp(min=1e-6)
+    # Four: two numbers are too few to shrink by their own size alone, so a shift has to be twice its noise to count.
+    trust = (1 - 4 * (1 - share) / rho_shift).clamp(min=0.0)
+    shift = shift * trust
+    total = ((clipped - shift) ** 2 * sureness).sum()
+    rho = ((PRIOR_COUNT * (1 - share) + total) / (PRIOR_COUNT + 2 * (count - 1))).clamp(min=1e-6)
     # No start that weighs this frame as it deserves gets below `share`; a smaller value is the noise of rho.
     kappa = (rho - 1 + 2 * share).clamp(min=max(share, 1e-2))
     weight = ((kappa - share) / rho).clamp(0, 1)
-    return weight, (kappa + weight**2 * rho - 2 * weight * (kappa - share)).clamp(min=1e-4)
+    own = (kappa + weight**2 * rho - 2 * weight * (kappa - share)).clamp(min=1e-4)
+    return shift + weight * (step - shift), own * bound + trust * (1 - share) * shift_variance
