@@ -99,10 +99,10 @@ def series_figure(series: FrameSeries) -> Markup:
                 _line(panels[0], series.time, count, mpl.colormaps["viridis"](0.3 + 0.6 * i / len(present)), label=name)
             panels[0].legend(ncols=4, fontsize=8)
         panels[0].set_ylabel("columns per frame")
-        panels[0].set_ylim(bottom=0)
         _line(panels[1], series.time, series.snr, theme["first"])
         panels[1].set_ylabel("signal-to-noise ratio")
-        panels[1].set_ylim(bottom=0)
+        for axes in panels[:2]:
+            axes.set_ylim(0, 1.08 * max(axes.get_ylim()[1], 1e-6))
         _line(panels[2], series.time, series.dose if doses else series.electrons, theme["first"])
         panels[2].set_ylabel("dose per frame / e⁻ Å⁻²" if doses else "electrons per pixel")
         panels[2].set_xlabel("time / s")

@@ -9,7 +9,7 @@ import base64
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 _VOID = {"img", "meta", "br", "hr", "source"}
 
@@ -51,18 +51,26 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, caption: str | None = None) -> Markup:
-    """A table with a header; numbers are set to the right."""
-    body = [element("tr", *(_cell(value) for value in row)) for row in rows]
-    titles = element("tr", *(element("th", title, scope="col") for title in head))
+    """A table with a header; columns of numbers are set to the right."""
+    rows = list(rows)
+    numeric = [any(_is_number(row[i]) for row in rows) for i in range(len(head))]
+    titles = [
+        element("th", title, scope="col", class_="number" if n else None)
+        for title, n in zip(head, numeric, strict=True)
+    ]
+    body = [element("tr", *(_cell(value, n) for value, n in zip(row, numeric, strict=True))) for row in rows]
     legend = element("caption", caption) if caption else None
-    inner = element("table", legend, element("thead", titles), element("tbody", *body))
+    inner = element("table", legend, element("thead", element("tr", *titles)), element("tbody", *body))
     return element("div", inner, class_="scroll")
 
 
-def _cell(value: object) -> Markup:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return element("td", number_text(value), class_="number")
-    return element("td", value)
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _cell(value: object, numeric: bool) -> Markup:
+    text = number_text(value) if _is_number(value) else ("–" if value is None else value)
+    return element("td", text, class_="number" if numeric else None)
 
 
 def number_text(value: float | None) -> str:

@@ -84,11 +84,11 @@ def _example(run: xr.DataTree, stored: xr.Dataset) -> Example:
     )
 
 
-def example_figure(example: Example) -> Markup:
-    """Raw, denoised and columns side by side, whole and magnified."""
+def example_figure(example: Example, *, magnified: bool) -> Markup:
+    """Raw, denoised and columns side by side, whole and, if wanted, magnified."""
     height, width = example.raw.shape
     whole = (0, height, 0, width)
-    detail = detail_window(example)
+    detail = detail_window(example) if magnified else None
     rows = [_row(example, whole, detail)] + ([_row(example, detail, None)] if detail else [])
     facts = [f"Frame {example.frame}, {number_text(example.time)} s: {len(example.points):,} columns in view"]
     facts += [f"signal-to-noise ratio {number_text(example.snr)}"] if math.isfinite(example.snr) else []
@@ -189,9 +189,9 @@ def _circles(example: Example, window: Window) -> Markup:
 
 
 def _crosses(example: Example, window: Window) -> Markup:
-    """A cross on each column whose arms are 0.5 Å, and the ellipse of three standard errors."""
+    """A cross on each column whose arms are 0.4 Å, and the ellipse of three standard errors."""
     y0, y1, x0, x1 = window
-    arm = 0.5 / example.sampling
+    arm = 0.4 / example.sampling
     marks = []
     for (y, x), (y_err, x_err) in zip(example.points, np.nan_to_num(example.errors), strict=True):
         cy, cx = y + 0.5 - y0, x + 0.5 - x0

@@ -152,12 +152,13 @@ def _lead(made: Mapping[str, Any], series: FrameSeries | None) -> Markup:
 
 
 def _montage(run: xr.DataTree, frames: Sequence[int] | None) -> list[Markup]:
-    drawn = [example_figure(example) for example in examples(run, list(frames) if frames is not None else None)]
+    chosen = examples(run, list(frames) if frames is not None else None)
+    drawn = [example_figure(example, magnified=i == 0) for i, example in enumerate(chosen)]
     if not drawn:
         return [element("p", "The run holds no example frames.", class_="note")]
     words = (
         "Left the frame as measured (in electrons), in the middle denoised, on the right with the columns that were "
-        "found; each picture has its own grey scale. The blue square is magnified below: crosses are positions, "
+        "found; each picture has its own grey scale. The blue square is magnified below it: crosses are positions, "
         "ellipses three standard errors."
     )
     return [element("p", words, class_="note"), *drawn]

@@ -53,7 +53,7 @@ def headline(made: Mapping[str, Any], history: History, series: FrameSeries, sum
     error = summary.median_error()
     rate = _speed(history, measured)
     facts: list[tuple[str, float | str | None, str | None]] = [
-        ("frames measured", measured, f"of {total:,}"),
+        ("frames", measured, f"measured, of {total:,}"),
         (
             "columns found",
             summary.rows,
@@ -69,9 +69,7 @@ def headline(made: Mapping[str, Any], history: History, series: FrameSeries, sum
         ),
     ]
     if rate is not None:
-        facts.append(
-            ("speed", f"{number_text(rate)} frames/s", f"{duration(history.span() or 0)} from first to last block")
-        )
+        facts.append(("frames per second", rate, f"{duration(history.span() or 0)} from first to last block"))
     return tiles(*facts)
 
 
@@ -204,7 +202,7 @@ def _speed(history: History, measured: int) -> float | None:
 
 
 def _dose_words(series: FrameSeries) -> str:
-    return f"median per frame; {number_text(float(np.nansum(series.dose)))} e⁻/Å² in all measured frames"
+    return f"per frame (median); {number_text(float(np.nansum(series.dose)))} over the movie"
 
 
 def _range(least: float, most: float) -> str:
