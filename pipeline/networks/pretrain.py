@@ -1,0 +1,230 @@
+"""Train the shipped denoiser on movies with a known answer, so that a movie needs little training of its own.
+
+The target is the clean image (the network stays blind by construction, so it can be adapted later without one). Each
+step draws two movies: simulated specimens or made-up lattices, brightened, dimmed or inverted, at a random dose, with
+readout noise, flicker and wrong alignment now and then. The loss is the mean over crops of log(squared error), that is
+the mean PSNR, so that no dose outweighs another. Gold and MoS2 are left out: benchmarks use them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.networks.adapt import untrained
+from pipeline.networks.phantoms import CleanMovie, phantom
+from pipeline.simulate.movie import MovieSpec, simulate_movie
+from pipeline.steps.denoise import (
+    DenoisingNetwork,
+    FrameLinks,
+    Level,
+    denoise,
+    measure_level,
+    neighbour_stack,
+    one_thread,
+    reduced_precision,
+)
+
+FRAMES = 10
+SIDE = 208
+DOSES = (0.03, 30.0)
+# Squared relative error below which a crop counts as solved; without it pure noise would outweigh everything.
+FLOOR = 1e-4
+
+
+class PretrainSettings(NamedTuple):
+    """How much to train, and on what."""
+
+    steps: int
+    simulated: int
+    phantoms: int
+    crop: int
+    batch: int
+    learning_rate: float
+    seed: int
+
+
+class Drawn(NamedTuple):
+    """One batch: stack and validity (batch, slot, y, x), clean target (batch, y, x) [electrons], level (2,)."""
+
+    stack: Tensor
+    valid: Tensor
+    target: Tensor
+    level: Tensor
+
+
+def random_spec(rng: np.random.Generator) -> MovieSpec:
+    """A specimen of any kind but those of the benchmarks."""
+    kind = str(rng.choice(["nanoparticle", "graphene", "hbn", "carbon", "vacuum"], p=[0.62, 0.12, 0.1, 0.08, 0.08]))
+    mode = "haadf" if kind != "vacuum" and rng.random() < 0.25 else "hrtem"
+    return MovieSpec(
+        kind=kind,
+        shape=(SIDE, SIDE),
+        frames=FRAMES,
+        mode=mode,
+        sampling=float(rng.uniform(0.08, 0.3)),
+        energy=float(rng.choice([80.0, 200.0, 300.0])),
+        element=str(rng.choice(["Pt", "Pd", "Cu", "Ni"])),
+        zone=str(rng.choice(["100", "110", "111"])),
+        tilt=float(rng.choice([0.0, 1.0, 3.0])),
+        carbon=float(rng.choice([0.0, 4.0, 9.0])),
+        carbon_cover=float(rng.uniform(0.3, 1)),
+        contrast=str(rng.choice(["bright", "dark"])),
+        defocus=None if rng.random() < 0.7 or mode == "haadf" else float(rng.uniform(-150, 150)),
+        vacancies=float(rng.uniform(0, 0.05)),
+        hole=float(rng.choice([0.0, 5.0, 10.0])),
+        rotation_step=float(rng.choice([0.0, 0.2, 0.5])),
+        drift_step=float(np.exp(rng.uniform(np.log(0.01), np.log(0.25)))),
+    )
+
+
+def movie_bank(settings: PretrainSettings, *, report: Callable[[str], None]) -> list[CleanMovie]:
+    """Simulated movies and phantoms, each of its own seed; a specimen too large to simulate is drawn anew."""
+    bank = []
+    for i in range(settings.simulated):
+        rng = np.random.default_rng([settings.seed, 1, i])
+        spec = random_spec(rng)
+        movie = simulate_movie(spec, int(rng.integers(2**31)))
+        bank.append(CleanMovie(movie.clean, movie.drift))
+        if i % 20 == 0:
+            report(f"simulated {i + 1} of {settings.simulated} movies ({spec.kind}, {spec.mode})")
+    for i in range(settings.phantoms):
+        bank.append(phantom(np.random.default_rng([settings.seed, 2, i]), frames=FRAMES, side=SIDE))
+    return bank
+
+
+def draw(
+    bank: Sequence[CleanMovie], rng: np.random.Generator, *, offsets: Sequence[int], crop: int, batch: int
+) -> Drawn:
+    """Noisy crops of one movie at one dose, with the clean crops behind them."""
+    movie = bank[int(rng.integers(len(bank)))]
+    clean = torch.from_numpy(_restyled(movie.frames, rng))
+    dose = float(np.exp(rng.uniform(*np.log(DOSES))))
+    readout = float(rng.uniform(0, 1)) if rng.random() < 0.2 else 0.0
+    level = torch.tensor([dose * float(clean.mean()), dose * float(clean.mean()) + readout])
+    stacks, valids, targets = [], [], []
+    for _ in range(batch):
+        links = _links(movie.drift, rng)
+        index = int(rng.integers(len(clean)))
+        top, left = (int(rng.integers(size - crop + 1)) for size in clean.shape[1:])
+        region = (top, left, crop, crop)
+        stack, valid = neighbour_stack(clean, index, offsets=offsets, links=links, fill=0, region=region)
+        if rng.random() < 0.15:
+            stack = stack * torch.from_numpy(rng.normal(1, 0.05, (len(offsets), 1, 1)).astype(np.float32)).clamp_min(
+                0.5
+            )
+        if rng.random() < 0.15:
+            _keep_few(valid, offsets, rng)
+        noise = torch.from_numpy(rng.poisson(dose * stack.numpy()).astype(np.float32))
+        if readout:
+            noise += float(np.sqrt(readout)) * torch.from_numpy(rng.standard_normal(noise.shape, dtype=np.float32))
+        turn = _turn(rng)
+        stacks.append(turn(torch.where(valid, noise, level[0])))
+        valids.append(turn(valid))
+        targets.append(turn(dose * clean[index, top : top + crop, left : left + crop]))
+    return Drawn(torch.stack(stacks), torch.stack(valids), torch.stack(targets), level)
+
+
+def _restyled(frames: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """Another contrast, inverted in a third of the cases; never negative."""
+    factor = float(np.exp(rng.uniform(np.log(0.3), np.log(1.5)))) * (-1 if rng.random() < 0.33 else 1)
+    mean = float(frames.mean())
+    return np.maximum(1 + factor * (frames / mean - 1), 0.01).astype(np.float32)
+
+
+def _links(drift: NDArray[np.float64], rng: np.random.Generator) -> FrameLinks:
+    """The true drift in whole pixels; now and then wrong by a pixel, and now and then with bad frames."""
+    n = len(drift)
+    whole = np.round(drift).astype(np.int64)
+    if rng.random() < 0.25:
+        whole = whole + rng.integers(-1, 2, whole.shape)
+    good = rng.random(n) > (0.15 if rng.random() < 0.15 else 0.0)
+    return FrameLinks(whole, good, np.zeros(n, dtype=np.int64))
+
+
+def _keep_few(valid: Tensor, offsets: Sequence[int], rng: np.random.Generator) -> None:
+    """Short movies: drop all neighbours beyond some distance, all of them in a third of the cases."""
+    reach = int(rng.integers(0, max(offsets)))
+    for slot, offset in enumerate(offsets):
+        if abs(offset) > reach:
+            valid[slot] = False
+
+
+def _turn(rng: np.random.Generator) -> Callable[[Tensor], Tensor]:
+    """One of the eight symmetries of the square, for the last two axes."""
+    flips, swap = [axis for axis in (-1, -2) if rng.random() < 0.5], rng.random() < 0.5
+    return lambda image: image.flip(flips).transpose(-1, -2) if swap else image.flip(flips)
+
+
+def pretrain(config: dict[str, Any], settings: PretrainSettings, *, report: Callable[[str], None]) -> nn.Module:
+    """Train a blind-spot network of `config` from scratch; one thread, the same bits for the same settings."""
+    network = untrained("blindspot", config, seed=settings.seed)
+    offsets = cast(DenoisingNetwork, network).offsets
+    bank = movie_bank(settings, report=report)
+    rng = np.random.default_rng([settings.seed, 3])
+    optimiser = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99))
+    begin, recent = time.perf_counter(), 0.0
+    with one_thread():
+        for step, rate in enumerate(_rates(settings.steps)):
+            optimiser.param_groups[0]["lr"] = settings.learning_rate * rate
+            optimiser.zero_grad(set_to_none=True)
+            for _ in range(2):
+                part = draw(bank, rng, offsets=offsets, crop=settings.crop, batch=settings.batch // 2)
+                with reduced_precision("cpu", "auto"):
+                    estimate = network(part.stack, part.valid, part.level)
+                error = ((estimate - part.target) / part.level[0]).square().mean((1, 2))
+                loss = (error + FLOOR).log().mean() / 2
+                loss.backward()
+                recent = 0.998 * recent + 0.002 * float(loss) * 2
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimiser.step()
+            if step % 500 == 499:
+                seconds = time.perf_counter() - begin
+                report(f"step {step + 1} of {settings.steps}: mean log error {recent:.3f}, {seconds:.0f} s")
+    return network.eval()
+
+
+def _rates(steps: int) -> Iterator[float]:
+    """Learning rate over its maximum: a short rise, then half a cosine."""
+    rise = max(1, min(300, steps // 10))
+    for step in range(steps):
+        yield min(1.0, (step + 1) / rise) * 0.5 * (1 + float(np.cos(np.pi * step / steps)))
+
+
+def card_figures(network: nn.Module, *, seed: int) -> dict[str, float]:
+    """Figures for the model card on movies never trained on: PSNR [dB] by dose, and what becomes of pure noise.
+
+    `noise_std`: standard deviation of denoised pure noise over its mean; `noise_ring`: largest over median amplitude in
+    the ring of 0.06 to 0.16 cycles per pixel of the mean spectrum (a lattice made up by the network would show there).
+    """
+    figures = {}
+    made = simulate_movie(MovieSpec(element="Ag", frames=12, rotation_step=0.2, drift_step=0.1), seed)
+    for dose in (0.05, 0.2, 1.0, 5.0):
+        clean = made.clean / made.clean.mean()
+        estimate = _denoised(network, np.random.default_rng(seed).poisson(dose * clean), np.round(made.drift)) / dose
+        inner = (slice(3, -3), slice(16, -16), slice(16, -16))
+        error = float(np.mean((estimate[inner] - clean[inner]) ** 2))
+        figures[f"psnr_{dose:g}"] = round(10 * np.log10(float(np.ptp(clean[inner])) ** 2 / error), 2)
+        noise = _denoised(network, np.random.default_rng(seed).poisson(dose, clean.shape), np.zeros((12, 2))) / dose
+        figures[f"noise_std_{dose:g}"] = round(float(noise.std()), 4)
+        spectrum = np.abs(np.fft.fft2(noise - noise.mean((1, 2), keepdims=True))).mean(0)
+        f = np.hypot(*np.meshgrid(*[np.fft.fftfreq(s) for s in spectrum.shape], indexing="ij"))
+        ring = spectrum[(f > 0.06) & (f < 0.16)]
+        figures[f"noise_ring_{dose:g}"] = round(float(ring.max() / np.median(ring)), 2)
+    return figures
+
+
+def _denoised(network: nn.Module, counts: NDArray[Any], drift: NDArray[Any]) -> NDArray[np.float32]:
+    frames = counts.astype(np.float32)
+    n = len(frames)
+    links = FrameLinks(drift.astype(np.int64), np.ones(n, dtype=bool), np.zeros(n, dtype=np.int64))
+    level: Level = measure_level(frames, readout_variance=0.0)
+    return denoise(
+        cast(DenoisingNetwork, network), frames, range(n), links=links, level=level, tile=None, dtype="float32"
+    )

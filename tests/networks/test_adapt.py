@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.networks.adapt import Sample, adapt, plan_sample, training_sample, untrained
+from pipeline.networks.phantoms import phantom
+from pipeline.steps.denoise import FrameLinks, Level, denoise, measure_level, neighbour_stack
+
+CONFIG = {"frames": 5, "channels": 16, "dilations": [2]}
+DOSE = 0.5
+SETTINGS = {"crop": 48, "batch": 4, "learning_rate": 5e-3, "seed": 0, "dtype": "float32"}
+
+
+def links_of(n, drift=None):
+    drift = np.zeros((n, 2), dtype=int) if drift is None else drift
+    return FrameLinks(drift, np.ones(n, dtype=bool), np.zeros(n, dtype=int))
+
+
+@pytest.fixture(scope="module")
+def movie():
+    """Clean frames, counts and links of a small drifting lattice."""
+    made = phantom(np.random.default_rng(8), frames=10, side=96)
+    counts = np.random.default_rng(1).poisson(DOSE * made.frames).astype(np.float32)
+    return made.frames, counts, links_of(10, np.round(made.drift).astype(int))
+
+
+@pytest.fixture(scope="module")
+def adapted(movie):
+    _, counts, links = movie
+    sample = Sample(torch.from_numpy(counts), links, measure_level(counts, readout_variance=0))
+    return sample, adapt(untrained("blindspot", CONFIG, seed=0), sample, steps=250, **SETTINGS)
+
+
+def psnr(estimate, clean):
+    return 10 * np.log10(np.ptp(clean) ** 2 / np.mean((estimate / DOSE - clean) ** 2))
+
+
+def inferred(network, counts, links):
+    level = measure_level(counts, readout_variance=0)
+    return denoise(network, counts, range(len(counts)), links=links, level=level, tile=None, dtype="float32")
+
+
+def test_an_adapted_network_beats_the_noise_and_the_mean_of_aligned_frames(movie, adapted):
+    clean, counts, links = movie
+    means = np.stack(
+        [_mean(*neighbour_stack(counts, i, offsets=range(-2, 3), links=links, fill=0)) for i in range(len(counts))]
+    )
+    result = psnr(inferred(adapted[1].network, counts, links), clean)
+    assert result > psnr(means, clean) + 6
+    assert result > psnr(counts, clean) + 12
+    assert result > psnr(np.full_like(clean, counts.mean()), clean) + 1.5
+
+
+def _mean(stack, valid):
+    return ((stack * valid).sum(0) / valid.sum(0)).numpy()
+
+
+def test_the_record_says_what_was_done(adapted):
+    sample, (network, record) = adapted
+    assert record["final_risk"] < record["initial_risk"]
+    assert (record["kept"], record["steps"], record["sample_frames"]) == ("adapted", 250, len(sample.frames))
+    assert record["seconds"] > 0
+    assert not network.training
+
+
+def test_the_same_seed_gives_the_same_bits_and_leaves_the_start_alone(adapted):
+    sample, _ = adapted
+    start = untrained("blindspot", CONFIG, seed=3)
+    before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
+    arguments = {**SETTINGS, "dtype": "auto"}
+    first, second = (adapt(start, sample, steps=12, **arguments).network for _ in range(2))
+    other = adapt(start, sample, steps=12, **{**arguments, "seed": 1}).network
+    for name, tensor in start.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        assert torch.equal(first.state_dict()[name], second.state_dict()[name])
+    assert not torch.equal(first.state_dict()["last.weight"], other.state_dict()["last.weight"])
+
+
+def test_training_that_does_harm_is_thrown_away(adapted):
+    sample, (network, _) = adapted
+    harmed = adapt(network, sample, steps=30, **{**SETTINGS, "learning_rate": 30.0})
+    assert harmed.record["kept"] == "initial"
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(harmed.network.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 33), (2, 18, 90)])
+def test_tiny_movies_and_bad_frames_are_survived(shape):
+    counts = np.random.default_rng(0).poisson(1.0, shape).astype(np.float32)
+    counts[-1, :3] = np.nan
+    links = FrameLinks(np.zeros((len(counts), 2), dtype=int), np.arange(len(counts)) == 0, np.zeros(len(counts), int))
+    sample = Sample(torch.from_numpy(counts), links, Level(1.0, 1.0))
+    network, record = adapt(untrained("blindspot", CONFIG, seed=0), sample, steps=5, **SETTINGS)
+    assert np.isfinite(record["final_risk"])
+    assert np.isfinite(denoise(network, counts, [0], links=links, level=sample.level, tile=None, dtype="float32")).all()
+
+
+def test_no_good_frame_leaves_the_network_as_it_was():
+    counts = np.zeros((3, 32, 32), dtype=np.float32)
+    links = FrameLinks(np.zeros((3, 2), dtype=int), np.zeros(3, dtype=bool), np.zeros(3, dtype=int))
+    result = adapt(
+        untrained("blindspot", CONFIG, seed=0),
+        Sample(torch.from_numpy(counts), links, Level(1, 1)),
+        steps=5,
+        **SETTINGS,
+    )
+    assert result.record["kept"] == "initial"
+
+
+def plan(shape, **changes):
+    n = shape[0]
+    arguments = {"good": np.ones(n, bool), "run": np.zeros(n, int), "max_frames": 48, "max_side": 64, **changes}
+    return plan_sample(shape, **arguments)
+
+
+def test_a_movie_that_fits_is_taken_whole():
+    result = plan((20, 60, 50))
+    assert result.frames.tolist() == list(range(20))
+    assert (result.height, result.width, result.top.max(), result.left.max()) == (60, 50, 0, 0)
+
+
+@pytest.mark.parametrize("shape", [(49, 40, 40), (8000, 40, 40), (30, 500, 70), (5000, 4096, 4096), (1, 300, 300)])
+def test_samples_are_bounded_spread_and_inside(shape):
+    result = plan(shape)
+    assert 0 < len(result.frames) <= 48
+    assert (result.height, result.width) == (min(shape[1], 64), min(shape[2], 64))
+    assert (result.top >= 0).all()
+    assert (result.top + result.height <= shape[1]).all()
+    assert (result.left + result.width <= shape[2]).all()
+    for number in np.unique(result.run):
+        part = result.run == number
+        assert (np.diff(result.frames[part]) == 1).all()
+        assert len(np.unique(result.top[part])) == 1
+    if shape[0] > 100:
+        assert result.frames[0] == 0
+        assert result.frames[-1] == shape[0] - 1
+
+
+def test_a_gap_in_the_movie_is_a_gap_in_the_sample():
+    run = (np.arange(100) > 90).astype(int)
+    result = plan((100, 40, 40), run=run)
+    joined = {int(r): set(run[result.frames[result.run == r]]) for r in np.unique(result.run)}
+    assert all(len(parts) == 1 for parts in joined.values())
+    assert result.frames.max() == 99
+
+
+def test_a_sample_takes_drift_and_good_of_its_frames():
+    result = plan((100, 40, 40))
+    drift = np.arange(200).reshape(100, 2)
+    good = np.arange(100) % 2 == 0
+    frames = np.zeros((len(result.frames), 40, 40), dtype=np.float32)
+    sample = training_sample(frames, plan=result, whole_px_drift=drift, good=good, level=Level(1, 1))
+    assert np.array_equal(sample.links.drift, drift[result.frames])
+    assert np.array_equal(sample.links.good, good[result.frames])
