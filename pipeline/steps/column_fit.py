@@ -65,7 +65,7 @@ def refine(
     and its denoised estimate on the same pixels; NumPy or torch, on any one device. y, x (column) [px]: the starts.
     polarity: +1 where columns are brighter than their surroundings, -1 where darker. width [px]: standard deviation of
     a column's image, the same for all; a starting value when fit_width. share [1]: how far the denoised positions
-    follow this frame's own noise.
+    follow this frame's own noise; 1 is taken where both frames are the same (no denoising).
 
     Returns arrays (column), float64, in the order of the starts:
     y, x, y_err, x_err [px]: posterior position and standard error;
@@ -79,6 +79,8 @@ def refine(
     if len(start) == 0:
         return {name: np.empty(0) for name in _NAMES}
     measured, smooth = (torch.as_tensor(frame).to(torch.float64) for frame in (electrons, denoised))
+    if torch.equal(measured, smooth):
+        share = 1.0  # nothing was denoised: the start follows the frame's noise wholly
     place = torch.as_tensor(start, device=measured.device)
     near = neighbours(place)
     if fit_width:
