@@ -181,7 +181,7 @@ def pretrain(config: dict[str, Any], settings: PretrainSettings, *, report: Call
                 error = ((estimate - part.target) / part.level[0]).square().mean((1, 2))
                 loss = (error + FLOOR).log().mean() / 2
                 loss.backward()
-                recent = 0.998 * recent + 0.002 * float(loss) * 2
+                recent = 0.998 * recent + 0.004 * loss.item()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
             if step % 500 == 499:
