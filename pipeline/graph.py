@@ -6,16 +6,20 @@ Collections would drop resources when they are fused, and hold a graph as large 
 
 from __future__ import annotations
 
+import math
+import queue
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from distributed import Client, Future, as_completed
+from distributed import Client, Future
 from distributed.scheduler import KilledWorker
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+STOP_POLL = 0.3  # s
 
 
 class Stopped(Exception):
@@ -59,13 +63,13 @@ def _stream_on_cluster(
     in_flight: int,
 ) -> Iterator[tuple[Item, Result]]:
     futures: dict[Future[Result], Item] = {}
-    waiting = as_completed()
+    finished: queue.SimpleQueue[Future[Result]] = queue.SimpleQueue()
 
     def send(item: Item) -> None:
         key = f"{label}-{uuid.uuid4().hex}"
         future = client.submit(function, item, key=key, resources=resources, pure=False, retries=0)
         futures[future] = item
-        waiting.add(future)
+        future.add_done_callback(finished.put)
 
     def refill() -> None:
         while len(futures) < max(1, in_flight):
@@ -77,9 +81,13 @@ def _stream_on_cluster(
     try:
         refill()
         while futures:
-            if stop.is_set():
-                raise Stopped
-            future = next(waiting)
+            try:
+                future = finished.get(timeout=STOP_POLL)
+            except queue.Empty:
+                # A worker may be busy for a minute; a user who stops the run does not wait for it.
+                if stop.is_set():
+                    raise Stopped from None
+                continue
             item = futures.pop(future)
             try:
                 result = future.result()
@@ -88,6 +96,8 @@ def _stream_on_cluster(
                 continue
             future.release()
             yield item, result
+            if stop.is_set():
+                raise Stopped
             refill()
     finally:
         for future in futures:
@@ -105,3 +115,9 @@ def call(
 ) -> Result:
     """One task: ``function(item)`` on a worker, or here."""
     return next(result for _, result in stream(client, function, [item], label=label, stop=stop, resources=resources))
+
+
+def smallest_memory(client: Client | None) -> float:
+    """Bytes that the smallest worker may use; infinite where no limit is known."""
+    workers = client.scheduler_info(n_workers=-1)["workers"].values() if client is not None else []
+    return min((float(worker["memory_limit"] or math.inf) for worker in workers), default=math.inf)

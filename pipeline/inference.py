@@ -86,7 +86,7 @@ def denoised(movie: Movie, frames: range, clock: Clock) -> tuple[np.ndarray, np.
     elif wanted and movie.level is not None:
         with clock("denoise"):
             out[place] = denoise.denoise(
-                loaded.module, electrons, wanted, links=links, level=movie.level,
+                cast(Any, loaded.module), electrons, wanted, links=links, level=movie.level,
                 tile=movie.settings.denoise.tile, dtype=movie.settings.denoise.dtype, device=movie.task.device,
             )  # fmt: skip
     if place and movie.settings.lowpass.cutoff is not None:

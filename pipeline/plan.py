@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.ledger import Ledger
-from pipeline.networks.weights import resolve
+from pipeline.networks.weights import load_weights, resolve
 from pipeline.parts import part_path, read_meta
+from schemas.errors import ResourceError
 from schemas.jobfile import flatten
 from schemas.settings import Settings
 
@@ -212,3 +213,24 @@ def predict_costs(
     files = math.ceil(shape[0] / shard_frames) + 2 * count + 60 + len(settings.images.save) * count * 4
     memory = predict_memory(settings, shape, itemsize, size, halo)
     return Costs(pixels * itemsize, images + columns * 2, files, memory)
+
+
+def require_memory(predicted: float, available: float) -> None:
+    """Refuse work that would not fit into a worker; both in bytes."""
+    if predicted > available:
+        raise ResourceError(
+            f"a task is predicted to need {predicted / 1e9:.2f} GB; a worker has {available / 1e9:.2f} GB: ask for "
+            "fewer workers, or set blocks.frames, denoise.tile or segment.window lower"
+        )
+
+
+def denoiser_halo(settings: Settings) -> int:
+    """Neighbours on either side that the denoiser needs."""
+    if settings.denoise.network == "none":
+        return 0
+    if settings.denoise.network == "wcvd":
+        return 1
+    named = settings.denoise.weights
+    shipped = named in ("adapt", "pretrained", "scratch")
+    network: Any = load_weights("denoise" if shipped else named).module
+    return max(abs(k) for k in network.offsets)

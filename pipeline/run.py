@@ -255,11 +255,21 @@ class Story:
             str(stack.path), str(self.path), str(self.parts), stack.shape[0], self.settings,
             tuple(self.keys.items()), engine.device,
         )  # fmt: skip
+        self._require_memory(size)
         if redo is not None:
             self._forget(plan.from_step(redo))
+        totals = {step: sum(1 for _ in plan.step_blocks(step, stack.shape[0], size)) for step in TASKS}
+        ledger.add("plan", blocks=totals, fingerprints=self.keys)
         for step in TASKS:
             self._note_dependencies(step)
         store.create_run(self.path, self.attributes("running"))
+
+    def _require_memory(self, size: int) -> None:
+        """Refuse a cluster whose workers are too small, before any work is sent."""
+        available = graph.smallest_memory(self.engine.client)
+        itemsize, halo = self.stack.counts.dtype.itemsize, plan.denoiser_halo(self.settings)
+        predicted = plan.predict_memory(self.settings, self.stack.shape, itemsize, size, halo)
+        plan.require_memory(predicted, available)
 
     def _forget(self, steps: Sequence[str]) -> None:
         """Remove the parts of steps that the user wants computed again."""

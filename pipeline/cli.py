@@ -1,0 +1,354 @@
+"""The ``colonnade`` command: one thin verb per thing a user does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+
+from schemas.errors import ColonnadeError, ResourceError, SettingsError
+
+app = typer.Typer(
+    help="Low-dose electron-microscopy movies to queryable atomic columns.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(stderr=True, soft_wrap=True)
+out = Console(soft_wrap=True, highlight=False)
+
+DONE, BUG, USER, QUARANTINED, SITE = 0, 1, 2, 3, 4
+
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="a setting, section.key=value; may be repeated")]
+ClusterOption = Annotated[
+    str | None, typer.Option("--cluster", help="local, serial, cuda, tcp://host:port, or a profile file")
+]
+OutputOption = Annotated[Path | None, typer.Option("-o", "--output", help="folder of the runs")]
+SourcesArgument = Annotated[list[str], typer.Argument(help="a job file (.yaml), or movie files, folders and globs")]
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are printed without a trace."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except ColonnadeError as error:
+        console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        console.print(str(error), markup=False, highlight=False)
+        sys.exit(SITE if isinstance(error, ResourceError) else USER)
+    except typer.Abort:
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):
+            message = error.format_message() if hasattr(error, "format_message") else str(error)
+            console.print(message, markup=False)
+            sys.exit(USER)
+        _print_bug(error)
+        sys.exit(BUG)
+
+
+def _print_bug(error: Exception) -> None:
+    """One trace, trimmed to our own code; the log holds all of it."""
+    logging.getLogger("colonnade").debug("a bug stopped the run", exc_info=error)
+    frames = traceback.extract_tb(error.__traceback__)
+    root = str(Path(__file__).resolve().parent.parent)
+    ours = [frame for frame in frames if frame.filename.startswith(root) and "site-packages" not in frame.filename]
+    console.print("[bold red]This is a bug of ours[/]; please report it with debug.log:")
+    console.print("".join(traceback.format_list(ours[-4:] or frames[-4:])).rstrip(), markup=False, highlight=False)
+    console.print(f"{type(error).__name__}: {error}", markup=False, highlight=False)
+
+
+# ------------------------------------------------------------------------------------------------------------ jobs
+
+
+def _job(sources: list[str], output: Path | None, overrides: list[str] | None) -> Any:
+    """A job from a job file, or from sources and settings on the command line."""
+    from schemas.jobfile import load_job, parse_overrides, validate
+
+    files = [source for source in sources if source.lower().endswith((".yaml", ".yml"))]
+    changes = list(overrides or [])
+    if files:
+        if len(sources) > 1:
+            raise SettingsError(f"{sources} holds a job file and more; expected one job file, or sources without one")
+        return load_job(Path(files[0]), changes + ([f"output={Path(output).resolve()}"] if output else []))
+    if output is None:
+        raise SettingsError("no output folder; give one with -o FOLDER, or name a job file")
+    absolute = [str(Path.cwd() / Path(source).expanduser()) for source in sources]
+    # Each file that is named stands for itself; single frames of one folder still form one movie.
+    return validate({**parse_overrides(changes), "movies": [{"source": absolute}], "output": str(output.resolve())})
+
+
+@contextmanager
+def _logs(folder: Path) -> Iterator[None]:
+    """``user.log`` holds what matters to the user, ``debug.log`` all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    logger, root = logging.getLogger("colonnade"), logging.getLogger()
+    form = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handlers = [logging.FileHandler(folder / "user.log"), logging.FileHandler(folder / "debug.log")]
+    for handler, target, level in zip(handlers, (logger, root), (logging.INFO, logging.DEBUG), strict=True):
+        handler.setFormatter(form)
+        handler.setLevel(level)
+        target.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        for handler, target in zip(handlers, (logger, root), strict=True):
+            target.removeHandler(handler)
+            handler.close()
+
+
+class _Signals:
+    """First signal: stop after the tasks in flight, keeping what is done. Second signal: stop at once."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.number = 0
+
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.stop.is_set():
+            os._exit(128 + number)
+        self.number = number
+        self.stop.set()
+
+
+@app.command()
+def run(
+    sources: SourcesArgument,
+    output: OutputOption = None,
+    overrides: SetOption = None,
+    cluster: ClusterOption = None,
+    redo: Annotated[str | None, typer.Option(help="compute this step and all after it again")] = None,
+) -> None:
+    """Process movies; what an earlier run finished is used."""
+    from cluster import connect
+    from pipeline import plan
+    from pipeline.graph import Stopped
+    from pipeline.progress import display
+    from pipeline.run import run as run_job
+    from schemas.profiles import load_profile
+
+    job = _job(sources, output, overrides)
+    if redo is not None and redo not in plan.STEPS:
+        raise SettingsError(f"--redo {redo!r} is no step; expected one of: {', '.join(plan.STEPS)}")
+    profile = load_profile(cluster)
+    again = shlex.join([word for word in sys.argv if not word.startswith("--redo") and word != redo])
+    with _logs(job.output), _Signals() as signals:
+        logging.getLogger("colonnade").info("run: %s", shlex.join(sys.argv))
+        try:
+            with connect(profile) as client, display(console) as progress:
+                outcomes = run_job(
+                    job, client=client, device=profile.device, redo=redo, progress=progress, stop=signals.stop
+                )
+        except Stopped:
+            console.print(
+                f"stopped by signal {signals.number}; what is done is kept. To go on:\n  {again}", markup=False
+            )
+            raise typer.Exit(128 + signals.number) from None
+        except BaseException:
+            console.print("stopped; what is done is kept. To go on:", again, markup=False)
+            raise
+    raise typer.Exit(_tell(outcomes))
+
+
+def _tell(outcomes: list[Any]) -> int:
+    """Print what became of each movie; the exit code."""
+    logger = logging.getLogger("colonnade")
+    for outcome in outcomes:
+        if outcome.status == "complete":
+            text = f"{outcome.movie}: {outcome.frames} frames, {outcome.columns} columns"
+            text += f", {outcome.dropped} frames flagged" if outcome.dropped else ""
+            text += f", {outcome.seconds:.1f} s -> {outcome.path}"
+        else:
+            text = f"{outcome.movie}: QUARANTINED: {outcome.reason}"
+        logger.info(text)
+        out.print(text, markup=False)
+    bad = sum(outcome.status != "complete" for outcome in outcomes)
+    if bad:
+        out.print(f"{bad} of {len(outcomes)} movies quarantined; mend them and run the same command again")
+    return QUARANTINED if bad else DONE
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="job file to write")] = Path("job.yaml"),
+    sources: Annotated[list[str] | None, typer.Option("--source", help="movie to name in it")] = None,
+) -> None:
+    """Write a commented job file with every setting and its default."""
+    from schemas.jobfile import template
+
+    if path.exists():
+        raise SettingsError(f"{path} exists; choose another name, or remove it first")
+    path.write_text(template(sources or ["movie.tif"]))
+    out.print(f"wrote {path}; edit it, then: colonnade check {path}", markup=False)
+
+
+@app.command()
+def check(
+    sources: SourcesArgument, output: OutputOption = None, overrides: SetOption = None, cluster: ClusterOption = None
+) -> None:
+    """Validate settings, sources and environment without computing; lists all problems."""
+    from pipeline.preflight import problems_of
+    from schemas.profiles import load_profile
+
+    job = _job(sources, output, overrides)
+    load_profile(cluster)
+    found, facts = problems_of(job)
+    for fact in facts:
+        out.print(fact, markup=False)
+    if found:
+        raise SettingsError(f"{len(found)} problem(s)\n  " + "\n  ".join(found))
+    out.print("no problem found")
+
+
+@app.command()
+def plan(
+    sources: SourcesArgument, output: OutputOption = None, overrides: SetOption = None, cluster: ClusterOption = None
+) -> None:
+    """Show blocks, windows, memory, time, bytes and files, and why each block will run; computes nothing."""
+    from cluster.local import size
+    from pipeline.preflight import print_plan
+    from schemas.profiles import load_profile
+
+    job = _job(sources, output, overrides)
+    profile = load_profile(cluster)
+    workers, memory = size(profile) if profile.kind == "local" else (profile.workers or 1, profile.memory)
+    print_plan(job, out, workers=workers, memory=memory)
+
+
+@app.command()
+def ingest(
+    sources: Annotated[list[str], typer.Argument(help="files, folders or globs, then the stack (or a folder)")],
+    overrides: SetOption = None,
+    on_error: Annotated[str, typer.Option(help="a damaged file: stop or quarantine")] = "stop",
+    cluster: ClusterOption = None,
+) -> None:
+    """Copy movies into chunked, calibrated Zarr stacks: colonnade ingest SOURCE… STACK.zarr."""
+    from cluster import connect
+    from pipeline.preflight import ingest_all
+    from pipeline.progress import display
+    from schemas.profiles import load_profile
+
+    if len(sources) < 2:
+        raise SettingsError("expected sources and a target: colonnade ingest SOURCE… STACK.zarr")
+    target = Path(sources[-1])
+    job = _job(sources[:-1], target.parent, [f"source.on_error={on_error}", *(overrides or [])])
+    with connect(load_profile(cluster or "serial")) as client, display(console) as progress, _Signals() as signals:
+        lines, bad = ingest_all(job, target, client=client, progress=progress, stop=signals.stop)
+    for line in lines:
+        out.print(line, markup=False)
+    raise typer.Exit(QUARANTINED if bad else DONE)
+
+
+@app.command()
+def status(folder: Annotated[Path, typer.Argument(help="folder of the runs")]) -> None:
+    """How far a job is, from the files alone."""
+    from pipeline.results import status as state
+
+    out.print(state.as_text(state.status(folder)), markup=False)
+
+
+@app.command()
+def query(
+    runs: Annotated[list[str], typer.Argument(help="one or more runs or folders of runs, then the condition")],
+    select: Annotated[str | None, typer.Option(help="variables to show, separated by commas")] = None,
+    table: Annotated[str | None, typer.Option(help="frames or columns; default: by the names used")] = None,
+    form: Annotated[str, typer.Option("--format", help="table, csv, parquet or netcdf")] = "table",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="file to write; csv may go to the screen")
+    ] = None,
+) -> None:
+    """Rows of a run that meet a condition: colonnade query RUN "column_count > 50 and snr > 2"."""
+    from pipeline.results import export
+    from pipeline.results import query as queries
+
+    *paths, last = runs
+    expression = last if paths and not Path(last).exists() else None
+    answer = queries.query(
+        paths if expression else runs,
+        expression,
+        select=[name.strip() for name in select.split(",")] if select else None,
+        table=cast(Any, table),
+    )
+    if output is not None and form != "table":
+        out.print(f"wrote {export.write(answer, output, form)} rows to {output}", markup=False)
+    elif form == "csv":
+        export.write_csv(answer, sys.stdout)
+    elif form == "table":
+        out.print(export.as_text(answer), markup=False)
+    else:
+        raise SettingsError(f"--format {form} needs a file; add -o FILE")
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="a run, or a folder of runs")],
+    output: OutputOption = None,
+) -> None:
+    """Write one self-contained HTML page per run."""
+    from pipeline.results.report import report as write
+
+    out.print(f"wrote {write(path, output)}", markup=False)
+
+
+@app.command()
+def simulate(
+    spec: Annotated[Path, typer.Argument(help="YAML file of a movie's specification")],
+    target: Annotated[Path, typer.Argument(help="TIFF or MRC file to write; the truth goes beside it")],
+    seed: Annotated[int, typer.Option(help="seed of everything random")] = 0,
+) -> None:
+    """Simulate a movie with a known answer."""
+    from pipeline.simulate.files import load_spec, simulate_to_file
+
+    movie, truth = simulate_to_file(load_spec(spec), target, seed=seed)
+    out.print(f"wrote {movie} and {truth}", markup=False)
+
+
+@app.command()
+def train(
+    what: Annotated[str, typer.Argument(help="columns or denoise")],
+    output: OutputOption = None,
+    steps: Annotated[int | None, typer.Option(help="training steps; default: those of the shipped weights")] = None,
+) -> None:
+    """Train the weights that ship with the project again."""
+    from pipeline.networks.shipped import train as train_weights
+
+    out.print(f"wrote {train_weights(what, output, steps=steps)}", markup=False)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="folder to write")] = Path("demo"),
+    cluster: ClusterOption = None,
+) -> None:
+    """Simulate a movie, process it on this machine, score the result, and write a report."""
+    from pipeline.demo import run_demo
+
+    run_demo(folder, profile_name=cluster, console=console, out=out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Before anything is computed: what is wrong with a job, what it will cost, and why each block will run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from distributed import Client
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import plan, store
+from pipeline.ingest.describe import Description, describe
+from pipeline.ingest.to_stack import Cut, binned_dtype, is_current, plan_cut, source_key, write_stack
+from pipeline.ledger import Ledger
+from pipeline.networks.weights import load_weights
+from pipeline.prepare import PRETRAINED
+from pipeline.run import PlannedMovie, Progress, movies_of, overrides_of
+from pipeline.steps import denoise, segment
+from schemas.errors import ColonnadeError, ResourceError, SettingsError
+from schemas.settings import Job, Settings
+
+TRIAL_EDGE = 256
+
+
+def problems_of(job: Job) -> tuple[list[str], list[str]]:
+    """All problems of a job that can be known without computing, and facts worth showing."""
+    problems: list[str] = []
+    facts = [f"colonnade {importlib.metadata.version('colonnade')}"]
+    try:
+        movies, ignored = movies_of(job)
+    except ColonnadeError as error:
+        return [str(error)], facts
+    facts += [f"ignored: {path}: {reason}" for path, reason in ignored]
+    for movie in movies:
+        try:
+            plan.models(movie.settings)
+            if movie.files.reader == "stack":
+                stack = store.open_stack(movie.files.paths[0])
+                facts.append(f"{movie.name}: stack {stack.shape}, {stack.sampling:g} Å/px")
+                continue
+            description = describe(movie.files, overrides_of(movie.settings))
+            plan_cut(description, movie.settings.source)
+            facts.append(_fact(description))
+        except ColonnadeError as error:
+            problems.append(f"{movie.name}: {error}")
+    nearest = next(folder for folder in (job.output, *job.output.parents) if folder.exists())
+    if not _writable(nearest):
+        problems.append(f"output {job.output} cannot be written; choose another folder")
+    return problems, facts
+
+
+def _fact(description: Description) -> str:
+    shape = " x ".join(str(n) for n in description.shape)
+    energy = f", {description.energy:g} keV" if description.energy else ""
+    return f"{description.name}: {shape} {description.dtype}, {description.sampling:g} Å/px{energy}"
+
+
+def _writable(folder: Path) -> bool:
+    import os
+
+    return os.access(folder, os.W_OK)
+
+
+# -------------------------------------------------------------------------------------------------------------- plan
+
+
+def print_plan(job: Job, out: Console, *, workers: int, memory: float | None) -> None:
+    """Print the plan of a job; ``ResourceError`` where memory or disk cannot hold it."""
+    movies, ignored = movies_of(job)
+    for path, reason in ignored:
+        out.print(f"ignored: {path}: {reason}", markup=False)
+    rates: dict[str, float] = {}
+    bytes_needed, worst = 0.0, 0.0
+    for movie in movies:
+        needed, peak = _print_movie(job, movie, out, workers, rates)
+        bytes_needed += needed
+        worst = max(worst, peak)
+    nearest = next(folder for folder in (job.output, *job.output.parents) if folder.exists())
+    free = shutil.disk_usage(nearest).free
+    out.print(f"disk: {bytes_needed / 1e9:.2f} GB to write, {free / 1e9:.1f} GB free below {nearest}", markup=False)
+    if bytes_needed > free:
+        raise ResourceError(f"{bytes_needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free below {nearest}")
+    if memory is not None:
+        plan.require_memory(worst, memory * 1e9)
+
+
+def _print_movie(
+    job: Job, movie: PlannedMovie, out: Console, workers: int, rates: dict[str, float]
+) -> tuple[float, float]:
+    settings = movie.settings
+    shape, itemsize, content, why = _stack_facts(job, movie)
+    size, halo = plan.block_frames(settings, shape), plan.denoiser_halo(settings)
+    layout = store.stack_layout(shape, f"u{itemsize}", shard_megabytes=settings.stacks.shard_megabytes)
+    costs = plan.predict_costs(settings, shape, itemsize, size=size, halo=halo, shard_frames=layout.shard_frames)
+    ledger = Ledger(job.output / "ledger" / movie.name)
+    deps = plan.dependencies(settings, content)
+    lines = plan.plan_movie(ledger, job.output / "parts" / movie.name, frames=shape[0], size=size, deps=deps)
+    seconds = predict_seconds(settings, shape, lines, workers, rates)
+    table = Table("step", "blocks", "to do", "why", title=f"{movie.name}: {shape[0]} frames of {shape[1]} x {shape[2]}")
+    table.add_row("ingest", str(-(-shape[0] // layout.shard_frames)), "0" if why == "done" else "all", why)
+    for line in lines:
+        table.add_row(line.step, str(line.blocks), str(line.todo), line.reason)
+    out.print(table)
+    window = settings.segment.window or "whole frame"
+    out.print(
+        f"blocks of {size} frames (+{halo} on each side), windows of {window}, "
+        f"predicted: {costs.task_memory / 1e9:.2f} GB per task, {seconds / 60:.1f} min on {workers} worker(s), "
+        f"{(costs.stack_bytes + costs.result_bytes) / 1e9:.3f} GB, {costs.files} files",
+        markup=False,
+    )
+    to_write = costs.result_bytes + (0 if why == "done" else costs.stack_bytes)
+    return to_write, costs.task_memory
+
+
+def _stack_facts(job: Job, movie: PlannedMovie) -> tuple[tuple[int, int, int], int, str, str]:
+    """Shape and item size of the stack that is or will be, its content hash if known, and why it is ingested."""
+    if movie.files.reader == "stack":
+        stack = store.open_stack(movie.files.paths[0])
+        return stack.shape, stack.counts.dtype.itemsize, stack.attributes["content_hash"], "done"
+    description = describe(movie.files, overrides_of(movie.settings))
+    cut: Cut = plan_cut(description, movie.settings.source)
+    target = job.output / "stacks" / f"{movie.name}.zarr"
+    current = is_current(target, source_key(description, cut))
+    content = store.attributes_of(target)["content_hash"] if current else "not ingested yet"
+    reason = "done" if current else ("stale: source files or calibration changed" if target.exists() else "missing")
+    return cut.shape, binned_dtype(description.dtype, cut.binning).itemsize, content, reason
+
+
+def predict_seconds(
+    settings: Settings, shape: tuple[int, int, int], lines: list[plan.StepPlan], workers: int, rates: dict[str, float]
+) -> float:
+    """Time that the steps to do will take, from a trial of one small frame on this machine."""
+    if "process" not in rates:
+        rates.update(trial(settings))
+    pixels = shape[0] * shape[1] * shape[2]
+    share = {line.step: line.todo / line.blocks for line in lines}
+    trains = settings.denoise.network != "none" and settings.denoise.weights in ("adapt", "scratch")
+    adapting = settings.denoise.steps * rates["training"] * share["adapt"] if trains else 0.0
+    return pixels * (rates["survey"] * share["survey"] + rates["process"] * share["process"]) / workers + adapting
+
+
+def trial(settings: Settings) -> dict[str, float]:
+    """Seconds per pixel of survey and process, and per training step, measured on one frame of noise."""
+    import torch
+
+    edge = TRIAL_EDGE
+    frames = np.random.default_rng(0).poisson(5.0, (7, edge, edge)).astype(np.float32)
+    links = denoise.FrameLinks(np.zeros((7, 2), np.int64), np.ones(7, bool), np.zeros(7, np.int64))
+    network: Any = load_weights(PRETRAINED).module
+    columns = load_weights(settings.segment.model)
+    torch.set_num_threads(1)
+    seconds = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        smooth = denoise.denoise(
+            network, frames, [3], links=links, level=denoise.Level(5.0, 5.0), tile=None, dtype=settings.denoise.dtype
+        )
+        segment.column_probability(
+            columns.module, smooth, sampling=0.2, model_sampling=0.2, polarity=1, window=None,
+            halo=settings.segment.halo, batch=1,
+        )  # fmt: skip
+        seconds.append(time.perf_counter() - begin)
+    process = min(seconds) * 1.3 / edge**2  # columns, reading and writing come on top
+    training = min(seconds) * 3 * settings.denoise.batch * (settings.denoise.crop / edge) ** 2
+    return {"process": process, "survey": process * 0.8, "training": training}
+
+
+# ------------------------------------------------------------------------------------------------------------ ingest
+
+
+def ingest_all(
+    job: Job, target: Path, *, client: Client | None, progress: Progress, stop: threading.Event
+) -> tuple[list[str], int]:
+    """Ingest the movies of a job into ``target`` (a .zarr for one movie, else a folder); lines to print, damaged."""
+    movies, ignored = movies_of(job)
+    lines = [f"ignored: {path}: {reason}" for path, reason in ignored]
+    if len(movies) > 1 and target.suffix == ".zarr":
+        names = ", ".join(movie.name for movie in movies)
+        raise SettingsError(
+            f"{target} is one stack, but the sources hold {len(movies)} movies ({names}); name a folder"
+        )
+    damaged = 0
+    for movie in movies:
+        path = target if target.suffix == ".zarr" else target / f"{movie.name}.zarr"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        description = describe(movie.files, overrides_of(movie.settings))
+        name = movie.name
+        progress.begin(name, "ingest", plan_cut(description, movie.settings.source).shape[0])
+        bad = write_stack(
+            description, path, source=movie.settings.source, stacks=movie.settings.stacks, client=client, stop=stop,
+            progress=lambda frames, name=name: progress.advance(name, "ingest", frames),  # type: ignore[misc]
+        )  # fmt: skip
+        damaged += bad
+        flagged = f", {bad} damaged frames flagged" if bad else ""
+        lines.append(f"{_fact(description)}{flagged} -> {path}")
+        lines += [f"  {note}" for note in description.notes]
+    return lines, damaged
