@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.networks.adapt import untrained
+from pipeline.networks.weights import save_weights
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark_denoise"
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_and_lists_every_rival(tmp_path):
+    network = untrained("blindspot", {"frames": 3, "channels": 16, "dilations": [2]}, seed=0)
+    save_weights(network, tmp_path / "w.safetensors", {})
+    command = [sys.executable, str(SCRIPT), "--quick", "--size", "12", "90", "--doses", "1", "--steps", "3"]
+    command += ["--weights", str(tmp_path / "w.safetensors"), "--json", str(tmp_path / "figures.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert set(figures) == {"nanoparticle 1", "wse2 1"}
+    expected = {"noisy", "Gaussian", "low-pass", "3-frame mean", "5-frame mean", "9-frame mean", "Wiener", "WCVD"}
+    expected |= {"frame mean + Wiener", "total variation", "non-local means", "ours, pretrained", "ours, adapted"}
+    for table in figures.values():
+        assert expected <= set(table)
+        assert table["Gaussian"] > table["noisy"]
+        assert table["frame mean + Wiener"] > table["9-frame mean"] > table["noisy"]
+    assert "over WCVD at its best" in done.stdout
