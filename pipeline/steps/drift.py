@@ -43,38 +43,54 @@ def pair_list(n_frames: int, *, start: int, stop: int, lags: Sequence[int]) -> I
 
 
 def spectral_weight(
-    sample: Float, *, band: tuple[float, float], taper: float, change: float, device: str = "cpu"
+    sample: Float, *, band: tuple[float, float], taper: float, change: float, limit: float, device: str = "cpu"
 ) -> Float:
-    """Weight of each spatial frequency in the correlation of two frames of this movie.
+    """Learn from a sample of the movie how to weigh its spatial frequencies.
 
     sample: (time, y, x) frames spread over the movie [electrons], finite.
     band: (low, high) [cycles/px]: half-points of the smooth limits; low keeps uneven illumination out.
     taper: part of the field on each side over which the window falls to zero.
     change: part of the signal that differs between frames for other reasons than drift; it counts as noise.
-    Returns (y, x // 2 + 1) float32 in rfft2 layout, normalised so that a frame correlates with itself to about 1.
+    limit: see `pair_shifts`.
+    Returns (2, y, x // 2 + 1) float32 in rfft2 layout: the weights of the cross-power, normalised so that a frame
+    correlates with itself to about 1, and the Wiener filter S/(S + N) that shows what of a frame is not noise.
     """
     if len(sample) == 0:
         raise ValueError("spectral_weight got no frames; it needs at least one good frame of the movie")
     shape = (sample.shape[1], sample.shape[2])
     window = _window(shape, taper, device)
-    power = torch.zeros(shape[0], shape[1] // 2 + 1, dtype=torch.float64, device=device)
-    for frame in sample:
-        spectrum = _spectrum(_tensor(frame, device), window)
-        power += spectrum.abs().double() ** 2
-    power = _smooth(power / len(sample))
     ky, kx = _frequencies(shape, device)
     radius = torch.sqrt(ky[:, None] ** 2 + kx[None, :] ** 2)
-    poisson = max(float(np.mean(sample)), 0.0) * float((window**2).sum())
-    noise = _noise_power(power, radius, poisson)
+    limits = torch.exp(-np.log(2) * (radius / band[1]) ** 8) * (1 - torch.exp(-np.log(2) * (radius / band[0]) ** 2))
+    frames = [_tensor(frame, device) for frame in sample]
+    power = _mean_power(frames, window)
+    noise = _noise_power(power, radius, max(float(np.mean(sample)), 0.0) * float((window**2).sum()))
+    signal = (power - noise * (1 + len(sample) ** -0.5)).clamp(min=0)
+    wiener = (limits * signal / (signal + noise)).to(torch.float32)
+    power = _mean_power([_limited(frame, wiener, limit) for frame in frames], window)
     signal = (power - noise * (1 + len(sample) ** -0.5)).clamp(min=0)
     noise = noise + change * signal
-    limits = torch.exp(-np.log(2) * (radius / band[1]) ** 8) * (1 - torch.exp(-np.log(2) * (radius / band[0]) ** 2))
     weight = signal / (noise * (noise + 2 * signal)) * limits
     if not float(weight.max()) > 0:
         weight = limits / noise
     weight = torch.where(weight > 1e-5 * weight.max(), weight, 0.0)
     weight = weight / (_multiplicity(shape, device) * weight * power).sum()
-    return np.asarray(weight.to(torch.float32).cpu().numpy())
+    return np.asarray(torch.stack([weight.to(torch.float32), wiener]).cpu().numpy())
+
+
+def _mean_power(frames: list[torch.Tensor], window: torch.Tensor) -> torch.Tensor:
+    power = torch.zeros(window.shape[0], window.shape[1] // 2 + 1, dtype=torch.float64, device=window.device)
+    for frame in frames:
+        power += _spectrum(frame, window).abs().double() ** 2
+    return _smooth(power / len(frames))
+
+
+def _limited(frame: torch.Tensor, wiener: torch.Tensor, limit: float) -> torch.Tensor:
+    """Return the frame less what of its filtered image is beyond `limit` times its rms; its noise stays as it is."""
+    image = torch.fft.irfft2(torch.fft.rfft2(frame - frame.mean()) * wiener, s=frame.shape)
+    bound = limit * float(image.double().square().mean().sqrt())
+    excess: torch.Tensor = image - image.clamp(-bound, bound)
+    return frame - excess
 
 
 def _noise_power(power: torch.Tensor, radius: torch.Tensor, poisson: float) -> torch.Tensor:
@@ -108,6 +124,7 @@ def pair_shifts(
     candidates: int,
     max_shift: float,
     taper: float,
+    limit: float,
     device: str = "cpu",
 ) -> dict[str, Double]:
     """Measure the shift of each pair of frames.
@@ -115,29 +132,31 @@ def pair_shifts(
     frames: (n, y, x) [electrons]; pairs: (m, 2) indices into frames; good: (n,), frames that may be used.
     weight: from `spectral_weight`, of the movie. candidates: how many maxima to keep per pair.
     max_shift: largest shift looked for, as a part of the field. taper: as in `spectral_weight`.
+    limit: bound on what stands out of a frame, in rms of its filtered image, so that one bright object that changes (an
+    impurity, a moving particle) does not drown the lattice or the support.
     Returns float64 arrays: dy, dx (m, candidates) [px], best first by height; height (m, candidates), the weighted
     coherence (1 for equal frames, about 0 for unrelated ones); loglik (m, candidates), log-likelihood relative to the
     best, calibrated by the scatter of the phases; dy_err, dx_err (m,) [px], standard errors of the best. Missing
     values (pairs with a bad frame, fewer maxima than asked for) are NaN. Each pair depends on its two frames and on
     the weight alone.
     """
-    shape = (frames.shape[1], frames.shape[2])
     shapes = dict.fromkeys(("dy", "dx", "height", "loglik"), (len(pairs), candidates))
     shapes |= dict.fromkeys(("dy_err", "dx_err"), (len(pairs), 1))
     result: dict[str, Double] = {name: np.full(size, np.nan) for name, size in shapes.items()}
-    correlator = _Correlator(shape, weight, taper, device)
-    spectra: dict[int, torch.Tensor] = {}
+    correlator = _Correlator((frames.shape[1], frames.shape[2]), weight[0], taper, device)
+    wiener = _tensor(weight[1], device)
+    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for row, (i, j) in enumerate(pairs):
         if not (good[i] and good[j]):
             continue
-        for index in [k for k in spectra if k < i]:
-            del spectra[index]
+        for index in [k for k in known if k < i]:
+            del known[index]
         for index in (int(i), int(j)):
-            if index not in spectra:
-                spectra[index] = _spectrum(_tensor(frames[index], device), correlator.window)
-        measured = correlator.measure(
-            spectra[int(i)], spectra[int(j)], _tensor(frames[j], device), candidates=candidates, max_shift=max_shift
-        )
+            if index not in known:
+                frame = _limited(_tensor(frames[index], device), wiener, limit)
+                known[index] = frame, _spectrum(frame, correlator.window)
+        first, second = known[int(i)], known[int(j)]
+        measured = correlator.measure(first[1], second[1], second[0], candidates=candidates, max_shift=max_shift)
         for name, value in measured.items():
             result[name][row] = value
     return {name: value[:, 0] if name.endswith("_err") else value for name, value in result.items()}
@@ -269,21 +288,20 @@ class _Correlator:
             torch.polar(torch.ones_like(self.ky), self.ky * position[0, 0]),
             torch.polar(torch.ones_like(self.kx), self.kx * position[0, 1]),
         )
-        square = (cross * turn).imag.double() ** 2
+        turned = (cross * turn).to(torch.complex128)
+        square = turned.imag**2
         ky, kx = self.ky.double(), self.kx.double()
-        rows, columns = square.sum(1), square.sum(0)
-        v = (
-            np.array(
-                [
-                    [float((rows * ky**2).sum()), float((square @ kx * ky).sum())],
-                    [float((square @ kx * ky).sum()), float((columns * kx**2).sum())],
-                ]
-            )
-            * self.redundancy
-        )
+        mixed = float((square @ kx * ky).sum())
+        v = np.array([[float((square.sum(1) * ky**2).sum()), mixed], [mixed, float((square.sum(0) * kx**2).sum())]])
         h = -peak.hessian[0].double().cpu().numpy()
         if not (h[0, 0] > 0 and np.linalg.det(h) > 0):
             return 0.0, (float("nan"), float("nan"))
+        # Each axis has used up one of the independent phases; of a lattice there are few.
+        used = []
+        for information in (turned.real * ky[:, None] ** 2, turned.real * kx**2):
+            independent = float(information.sum() ** 2 / (information**2).sum()) / self.redundancy
+            used.append(1 / (1 - 1 / max(independent, 1.5)))
+        v *= self.redundancy * np.sqrt(np.outer(used, used))
         inverse = np.linalg.inv(h)
         covariance = inverse @ v @ inverse
         scale = float(np.trace(h) / max(np.trace(v), 1e-300))
@@ -299,17 +317,17 @@ def _window(shape: tuple[int, int], taper: float, device: str) -> torch.Tensor:
     """Flat window whose edges fall to zero as cos²."""
     sides = []
     for n in shape:
-        distance = torch.minimum(
-            torch.arange(n, dtype=torch.float64) + 0.5, n - torch.arange(n, dtype=torch.float64) - 0.5
-        )
+        place = torch.arange(n, dtype=torch.float64) + 0.5
+        distance = torch.minimum(place, n - place)
         sides.append(torch.sin(0.5 * np.pi * (distance / max(taper * n, 1.0)).clamp(max=1)) ** 2)
-    window: torch.Tensor = torch.outer(sides[0], sides[1]).float().to(device)
+    window: torch.Tensor = torch.outer(sides[0], sides[1]).to(device=device, dtype=torch.float32)
     return window
 
 
 def _spectrum(frame: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
     mean = (frame.double() * window).sum() / window.double().sum()
-    return torch.fft.rfft2((frame - mean.float()) * window)
+    spectrum: torch.Tensor = torch.fft.rfft2((frame - mean.float()) * window)
+    return spectrum
 
 
 def _moved(frame: torch.Tensor, dy: int, dx: int) -> torch.Tensor:
