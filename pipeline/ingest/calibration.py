@@ -166,7 +166,7 @@ def _file_times(clock: Clock | None, frames: int) -> tuple[np.ndarray, str]:
 
 
 def fill_gaps(stamps: list[float]) -> tuple[tuple[float, ...], int]:
-    """Time stamps with the unknown ones (NaN) interpolated or continued at the mean interval, and how many those are."""
+    """Time stamps with the unknown ones (NaN) interpolated or continued at the mean interval, and their number."""
     values = np.asarray(stamps, np.float64)
     known = np.flatnonzero(np.isfinite(values))
     gaps = len(values) - len(known)

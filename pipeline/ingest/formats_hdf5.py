@@ -24,10 +24,8 @@ def inspect_hdf5(path: Path, dataset: str | None) -> Facts:
     with opened(path) as file:
         if formats_velox.is_velox(file):
             return formats_velox.inspect_velox(path, file, dataset)
-        found = _images(file)
-        name = chosen(
-            path, {name: str(tuple(item.shape)) for name, item in found.items()}, _direct(file, dataset, found)
-        )
+        found = _images(file) | _named(file, dataset)
+        name = chosen(path, {name: str(tuple(item.shape)) for name, item in found.items()}, dataset)
         stored = own_dataset(path, file, name)
         axes, where = _axes(stored)
         known = {"energy": _energy(file)}
@@ -120,13 +118,11 @@ def _images(file: h5py.File) -> dict[str, h5py.Dataset]:
     return found
 
 
-def _direct(file: h5py.File, dataset: str | None, found: dict[str, h5py.Dataset]) -> str | None:
-    """A path named by the user counts as it is, even where a link hides it from the listing."""
-    if dataset is not None and dataset.strip("/") not in found and dataset in file:
-        name = dataset.strip("/")
-        if isinstance(file.get(name), h5py.Dataset):
-            found[name] = file[name]
-    return dataset
+def _named(file: h5py.File, dataset: str | None) -> dict[str, h5py.Dataset]:
+    """The dataset at a path that the user gave, also where a link hides it from the listing."""
+    name = (dataset or "").strip("/")
+    item = file.get(name) if name else None
+    return {name: item} if isinstance(item, h5py.Dataset) else {}
 
 
 def _axes(stored: h5py.Dataset) -> tuple[list[Axis], str]:

@@ -15,6 +15,7 @@ from pipeline.ingest.facts import Clock, Facts, Spacing, json_able, plain_dtype,
 from schemas.errors import SourceError
 
 FEI_HEADERS = (b"FEI1", b"FEI2")
+MAX_SIDE, MAX_FRAMES = 1 << 20, 10_000_000  # beyond these a header is no header
 MRC_MODES = {0: "i1", 1: "i2", 2: "f4", 4: "c8", 6: "u2", 12: "f2"}
 
 
@@ -45,13 +46,13 @@ def inspect_mrc(path: Path, dataset: str | None) -> Facts:
     """
     del dataset
     header, extended, notes = _mrc_header(path)
+    nx, ny, nz = int(header.nx), int(header.ny), int(header.nz)
+    if min(nx, ny, nz) < 1 or max(nx, ny) > MAX_SIDE or nz > MAX_FRAMES:
+        raise SourceError(f"{path}: is not an MRC file: its header says {nz} frames of {ny} × {nx} px.")
     mode = int(header.mode)
     if mode not in MRC_MODES:
         raise SourceError(f"{path}: has MRC mode {mode}; expected one of {sorted(MRC_MODES)}.")
     dtype = np.dtype(MRC_MODES[mode]).newbyteorder(header.mode.dtype.byteorder)
-    nx, ny, nz = int(header.nx), int(header.ny), int(header.nz)
-    if min(nx, ny, nz) < 1:
-        raise SourceError(f"{path}: its header says {nz} frames of {ny} × {nx} px; expected positive numbers.")
     offset = 1024 + max(int(header.nsymbt), 0)
     where = records.layout(dtype, offset=offset, stride=nx * ny * dtype.itemsize)
     vendor: dict[str, Any] = {"header": {name: header[name] for name in header.dtype.names}}

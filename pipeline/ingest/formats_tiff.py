@@ -12,23 +12,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
 
-from pipeline.ingest import records
-from pipeline.ingest.facts import Clock, Facts, Spacing, json_able, number, plain_dtype
+from pipeline.ingest import records, tiff_metadata
+from pipeline.ingest.facts import Facts, json_able, number, plain_dtype
 from schemas.errors import SourceError
-
-PRINT_UNITS = ("inch", "inches", "cm", "pixel", "pixels", "px", "")
 
 
 def inspect_tiff(path: Path, dataset: str | None) -> Facts:
     """Facts of the (only, or chosen) series of pages of a TIFF file."""
     with collected_log() as complaints:
         try:
-            with tifffile.TiffFile(path) as file:
+            with tifffile.TiffFile(path, _multifile=False) as file:  # an OME file may name others anywhere
                 return _inspect(path, file, dataset, complaints)
         except SourceError:
             raise
@@ -41,22 +38,12 @@ def _inspect(path: Path, file: tifffile.TiffFile, dataset: str | None, complaint
     leading, plane = _axes(path, series)
     dtype = np.dtype(series.dtype)
     stored = dtype.newbyteorder(file.byteorder)
-    planes = math.prod(leading)
-    size = path.stat().st_size
-    promised = _promised(file, planes)
-    if series.dataoffset is not None:
-        where = records.layout(stored, offset=series.dataoffset, stride=plane[0] * plane[1] * dtype.itemsize)
-        bad = records.missing(size, where, plane, planes)
-    else:
-        where, bad = _pages(series, stored, plane, size)
-    bad = (*bad, *range(planes, promised))
-    damage = "; ".join(complaints[:3]) or (f"{planes - len(bad)} of {promised} frames are complete" if bad else "")
-    if promised > planes:
-        leading = (promised,) if len(leading) == 1 else leading
-    spacing, clock = _calibration(file)
-    vendor = {"tags": _tags(series.keyframe), "imagej": file.imagej_metadata, "ome": file.ome_metadata}
+    where, bad, promised = _layout(file, series, leading, dtype=stored, plane=plane)
+    whole = promised - len(bad)
+    damage = "; ".join(complaints[:3]) or (f"{whole} of {promised} frames are complete" if bad else "")
+    spacing, clock = tiff_metadata.calibration(file)
     return Facts(
-        leading,
+        leading if promised == math.prod(leading) else (promised,),
         plane,
         plain_dtype(path, dtype),
         where,
@@ -64,8 +51,31 @@ def _inspect(path: Path, file: tifffile.TiffFile, dataset: str | None, complaint
         damage=damage,
         spacing=spacing,
         clock=clock,
-        vendor=json_able({key: value for key, value in vendor.items() if value}),
+        energy=tiff_metadata.energy(file),
+        vendor=json_able(tiff_metadata.vendor(file)),
     )
+
+
+def _layout(
+    file: tifffile.TiffFile,
+    series: tifffile.TiffPageSeries,
+    leading: tuple[int, ...],
+    *,
+    dtype: np.dtype[Any],
+    plane: tuple[int, int],
+) -> tuple[dict[str, Any], tuple[int, ...], int]:
+    """How to reach the planes, which of them are lost, and how many the file promises."""
+    planes, size = math.prod(leading), file.filehandle.size
+    images = number((file.imagej_metadata or {}).get("images"))
+    promised = max(planes, int(images)) if images and len(leading) == 1 else planes
+    offset = series.dataoffset
+    if offset is None and promised > planes and _is_plain(series.keyframe, dtype):
+        offset = series.keyframe.dataoffsets[0]  # ImageJ writes all images in one run, the directories may be cut off
+    if offset is not None:
+        where = records.layout(dtype, offset=offset, stride=plane[0] * plane[1] * dtype.itemsize)
+        return where, records.missing(size, where, plane, promised), promised
+    where, bad = _pages(file, series, dtype)
+    return where, (*bad, *range(planes, promised)), promised
 
 
 def _choose(path: Path, file: tifffile.TiffFile, dataset: str | None) -> tifffile.TiffPageSeries:
@@ -96,29 +106,30 @@ def _axes(path: Path, series: tifffile.TiffPageSeries) -> tuple[tuple[int, ...],
     return tuple(numbers[:-2]) or (1,), (numbers[-2], numbers[-1])
 
 
-def _promised(file: tifffile.TiffFile, planes: int) -> int:
-    """Frames that ImageJ says it wrote: a truncated file has fewer pages."""
-    images = number((file.imagej_metadata or {}).get("images"))
-    return max(planes, int(images)) if images else planes
+def _is_plain(page: Any, dtype: np.dtype[Any]) -> bool:
+    """Whether the pixels of a page are stored as they are."""
+    plain = page.compression == 1 and page.predictor == 1 and page.fillorder == 1 and not page.is_tiled
+    return bool(plain and dtype.itemsize * 8 == page.bitspersample)
 
 
 def _pages(
-    series: tifffile.TiffPageSeries, stored: np.dtype[Any], plane: tuple[int, int], size: int
+    file: tifffile.TiffFile, series: tifffile.TiffPageSeries, dtype: np.dtype[Any]
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
-    key = series.keyframe
-    plain = key.compression == 1 and key.predictor == 1 and key.fillorder == 1 and not key.is_tiled
+    plain = _is_plain(series.keyframe, dtype)
     offsets, directories, bad = [], [], []
     for i, page in enumerate(series.pages):
         if page is None:
-            raise SourceError(f"page {i} of the series is missing")
+            raise SourceError(
+                f"{file.filename}: page {i} lies in another file or is lost. Save the series as one file."
+            )
         ends = [at + n for at, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
-        if not ends or max(ends) > size or min(page.databytecounts) <= 0:
+        if not ends or max(ends) > file.filehandle.size or min(page.databytecounts) <= 0:
             bad.append(i)
         plain = plain and ends[:-1] == list(page.dataoffsets[1:])
         offsets.append(page.dataoffsets[0] if page.dataoffsets else -1)
         directories.append(page.offset)
-    if plain and stored.itemsize * 8 == key.bitspersample:
-        return records.layout(stored, offsets), tuple(bad)
+    if plain:
+        return records.layout(dtype, offsets), tuple(bad)
     return {"kind": "tiff", "directories": directories}, tuple(bad)
 
 
@@ -133,50 +144,6 @@ def read_tiff(path: Path, layout: dict[str, Any], plane: tuple[int, int], start:
             except Exception as error:  # decoders raise whatever the damaged bytes lead them to
                 raise SourceError(f"{path}: frame {i} cannot be decoded ({type(error).__name__}: {error}).") from error
     return np.stack(planes)
-
-
-def _calibration(file: tifffile.TiffFile) -> tuple[Spacing | None, Clock | None]:
-    if file.ome_metadata:
-        return _ome(file.ome_metadata)
-    imagej = file.imagej_metadata
-    if not imagej:
-        return None, None
-    clock = None
-    if (interval := number(imagej.get("finterval"))) is not None:
-        clock = Clock("the ImageJ metadata (finterval)", str(imagej.get("tunit") or "s"), interval=interval)
-    elif fps := number(imagej.get("fps")):
-        clock = Clock("the ImageJ metadata (fps)", "s", interval=1 / fps)
-    unit = str(imagej.get("unit") or "").replace("\\u00B5", "µ")
-    tags = file.pages.first.tags
-    if unit.lower() in PRINT_UNITS or "XResolution" not in tags or "YResolution" not in tags:
-        return None, clock  # a print resolution is not the calibration of a microscope
-    y, x = (_pixel(tags[name].value) for name in ("YResolution", "XResolution"))
-    return Spacing(y, unit, x, unit, "the ImageJ resolution tags"), clock
-
-
-def _pixel(resolution: tuple[int, int]) -> float:
-    pixels, units = resolution
-    return units / pixels if pixels else math.inf
-
-
-def _ome(xml: str) -> tuple[Spacing | None, Clock | None]:
-    root = ElementTree.fromstring(xml)
-    pixels = next((node for node in root.iter() if node.tag.endswith("}Pixels") or node.tag == "Pixels"), None)
-    if pixels is None:
-        return None, None
-    spacing = clock = None
-    y, x = number(pixels.get("PhysicalSizeY")), number(pixels.get("PhysicalSizeX"))
-    if y is not None and x is not None:  # µm is the unit that the OME schema assumes
-        units = (pixels.get("PhysicalSizeYUnit", "µm"), pixels.get("PhysicalSizeXUnit", "µm"))
-        spacing = Spacing(y, units[0], x, units[1], "the OME metadata")
-    if (interval := number(pixels.get("TimeIncrement"))) is not None:
-        clock = Clock("the OME metadata", pixels.get("TimeIncrementUnit", "s"), interval=interval)
-    return spacing, clock
-
-
-def _tags(page: Any) -> dict[str, Any]:
-    skipped = {"StripOffsets", "StripByteCounts", "TileOffsets", "TileByteCounts"}
-    return {tag.name: tag.value for tag in page.tags.values() if tag.name not in skipped}
 
 
 @contextmanager
