@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import psutil
@@ -39,5 +40,6 @@ def local_cluster(profile: Profile) -> LocalCluster:
         host="127.0.0.1",
         dashboard_address=profile.dashboard,
         local_directory=str(profile.local_directory) if profile.local_directory else None,
-        silence_logs=40,
+        # A heartbeat that is cut off when the cluster closes is no error of the user's.
+        silence_logs=logging.CRITICAL,
     )

@@ -73,7 +73,12 @@ def _frequency_weight(electrons: np.ndarray, task: Task) -> np.ndarray:
         return np.zeros((0, 0), dtype=np.float32)
     options = task.settings.drift
     return drift.spectral_weight(
-        electrons, band=options.band, taper=options.taper, change=options.change, device=task.device
+        electrons,
+        band=options.band,
+        taper=options.taper,
+        change=options.change,
+        limit=options.limit,
+        device=task.device,
     )
 
 
@@ -97,7 +102,7 @@ def survey(task: Task) -> Mapping[str, Any]:
         with clock("drift"):
             shifts = drift.pair_shifts(
                 electrons, pairs - task.start, good=good, weight=weight, candidates=options.candidates,
-                max_shift=options.max_shift, taper=options.taper, device=task.device,
+                max_shift=options.max_shift, taper=options.taper, limit=options.limit, device=task.device,
             )  # fmt: skip
         arrays |= {"pairs": pairs, **{f"shift_{name}": values for name, values in shifts.items()}}
     with clock("write"):

@@ -97,6 +97,7 @@ class Drift(Section):
     candidates: Count = Field(6, description="maxima of the correlation that are kept per pair")
     max_shift: Probability = Field(0.3, description="largest shift between two frames, as a part of the field")
     max_motion: Positive = Field(2.0, description="plausible motion from frame to frame in pixels; a scale, no limit")
+    limit: Positive = Field(3.0, description="bound on what stands out of a frame, in rms of its filtered image")
     cauchy: Positive = Field(2.4, description="residual, in standard errors, at which a pair counts half")
 
 
