@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.networks.phantoms import CleanMovie, phantom
+from pipeline.networks.pretrain import PretrainSettings, card_figures, draw, movie_bank, pretrain, random_spec
+
+SMALL = {"frames": 3, "channels": 16, "dilations": [2]}
+
+
+def settings(**changes):
+    few = {"steps": 60, "simulated": 0, "phantoms": 4, "crop": 32, "batch": 4, "learning_rate": 3e-3, "seed": 5}
+    return PretrainSettings(**{**few, **changes})
+
+
+def test_phantoms_are_reproducible_movies_of_mean_one():
+    for seed in range(12):
+        first, second = (phantom(np.random.default_rng(seed), frames=3, side=64) for _ in range(2))
+        assert np.array_equal(first.frames, second.frames)
+        assert first.frames.shape == (3, 64, 64)
+        assert first.frames.min() > 0
+        assert first.frames.mean() == pytest.approx(1, abs=0.25)
+        assert first.drift[0].tolist() == [0, 0]
+
+
+def test_phantoms_move_as_their_drift_says():
+    """The columns of frame 0, moved by the drift, are those of the last frame."""
+    found = 0
+    for seed in range(30):
+        made = phantom(np.random.default_rng(seed), frames=6, side=96)
+        dy, dx = np.round(made.drift[-1]).astype(int)
+        if max(abs(dy), abs(dx)) < 3 or max(abs(dy), abs(dx)) > 20:
+            continue
+        a, b = made.frames[0], made.frames[-1]
+        inner = (slice(24, -24), slice(24, -24))
+        still = np.corrcoef(a[inner].ravel(), b[inner].ravel())[0, 1]
+        moved = np.corrcoef(np.roll(a, (dy, dx), (0, 1))[inner].ravel(), b[inner].ravel())[0, 1]
+        found += moved > still
+    assert found >= 3
+
+
+def test_benchmark_materials_are_never_drawn():
+    specs = [random_spec(np.random.default_rng(seed)) for seed in range(300)]
+    assert {s.kind for s in specs} == {"nanoparticle", "graphene", "hbn", "carbon", "vacuum"}
+    assert not {"Au", "Ag"} & {s.element for s in specs}
+
+
+def test_drawn_counts_have_the_clean_frame_as_their_mean():
+    flat = CleanMovie(np.ones((8, 40, 40), dtype=np.float32), np.zeros((8, 2)))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        part = draw([flat], rng, offsets=(-1, 0, 1), crop=32, batch=2)
+        mean, variance = (float(v) for v in part.level)
+        torch.testing.assert_close(part.target, torch.full_like(part.target, mean))
+        seen = part.stack[part.valid]
+        assert float(seen.mean()) == pytest.approx(mean, abs=6 * (variance / len(seen)) ** 0.5 + 0.1 * mean)
+        assert (part.stack[~part.valid] == part.level[0]).all()
+
+
+def test_pretraining_is_reproducible_and_learns():
+    lines: list[str] = []
+    first, second = (pretrain(SMALL, settings(), report=lines.append) for _ in range(2))
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
+    untrained = pretrain(SMALL, settings(steps=0), report=lines.append)
+    rng = np.random.default_rng(1)
+    bank = movie_bank(settings(), report=lines.append)
+    errors = []
+    parts = [draw(bank, rng, offsets=(-1, 0, 1), crop=64, batch=4) for _ in range(30)]
+    with torch.no_grad():
+        for network in (untrained, first):
+            errors.append(
+                np.mean(
+                    [
+                        float((network(p.stack, p.valid, p.level) / p.level[0] - p.target / p.level[0]).var())
+                        for p in parts
+                    ]
+                )
+            )
+    assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.slow
+def test_the_card_states_quality_by_dose_and_what_becomes_of_pure_noise():
+    figures = card_figures(pretrain(SMALL, settings(steps=150), report=lambda _: None), seed=3)
+    assert figures["psnr_5"] > figures["psnr_0.05"]
+    assert 0 <= figures["noise_std_5"] < 0.3
+    assert figures["noise_ring_0.2"] >= 1
