@@ -39,7 +39,7 @@ PRIOR_COUNT = 100  # weight, in coordinates, of rho = 1 - share (an efficient st
 
 
 class _Fit(NamedTuple):
-    """Amplitude, background [electrons], position y, x [px from the window's centre], each (column); one width [px]."""
+    """Amplitude, background (column) [electrons], position (column, 2) [px] of a whole frame, and the width [px]."""
 
     amplitude: torch.Tensor
     background: torch.Tensor
@@ -85,12 +85,12 @@ def refine(
     near = neighbours(place)
     if fit_width:
         width = common_width(smooth, place, near, polarity=polarity, width=width)
-    scene = cut_windows(measured, smooth, place, near, width=width, readout_variance=readout_variance)
-    guess = place - scene.centre
-    fit = _fit_denoised(scene, guess, polarity, width)
-    moved = torch.linalg.vector_norm(fit.position - guess, dim=1)
-    fitted = torch.isfinite(moved) & (moved <= scene.radius) & (fit.amplitude * polarity > 0)
-    return _posterior(scene, fit, guess, fitted, polarity, share)
+    scenes = cut_windows(measured, smooth, place, near, width=width, readout_variance=readout_variance)
+    radius = torch.cat([scene.radius for scene in scenes])
+    fit = _fit_denoised(scenes, place, polarity, width)
+    moved = torch.linalg.vector_norm(fit.position - place, dim=1)
+    fitted = torch.isfinite(moved) & (moved <= radius) & (fit.amplitude * polarity > 0)
+    return _posterior(scenes, fit, torch.where(fitted, torch.nan, radius), place, polarity, share)
 
 
 _NAMES = (*("y", "x", "y_err", "x_err", "intensity", "intensity_err", "background", "width", "significance", "fitted"),)
@@ -98,9 +98,9 @@ _NAMES = (*("y", "x", "y_err", "x_err", "intensity", "intensity_err", "backgroun
 
 def _tails(scene: Scene, fit: _Fit) -> torch.Tensor:
     """The neighbours' part of the model in each window (column, y, x) [electrons]."""
-    seen = (scene.centre + fit.position)[scene.near.which] - scene.centre[:, None, :]
-    line = torch.exp(-0.5 * ((scene.offset - seen[..., None]) / fit.width) ** 2)
-    strength = fit.amplitude[scene.near.which] * scene.near.exists
+    away = scene.offset - (fit.position[scene.neighbour] - scene.centre[:, None, :])[..., None]
+    line = torch.exp(-0.5 * (away / fit.width) ** 2)
+    strength = fit.amplitude[scene.neighbour] * scene.exists
     return torch.bmm((strength[..., None] * line[:, :, 0]).transpose(1, 2), line[:, :, 1])
 
 
@@ -111,14 +111,14 @@ def _normal(scene: Scene, fit: _Fit, weighted: torch.Tensor) -> tuple[torch.Tens
     All of J, and all its products, are one function of y times one of x: so the sums over a window are two thin matrix
     products with the lines 1, g, ag, g², ag², a²g², where g is the Gaussian and a the distance along that axis.
     """
-    away = scene.offset - fit.position[:, :, None]
+    away = scene.offset - (fit.position[scene.rows] - scene.centre)[:, :, None]
     one = torch.exp(-0.5 * (away / fit.width) ** 2)
     square = one**2
     lines = torch.stack([torch.ones_like(one), one, away * one, square, away * square, away**2 * square], dim=2)
     down, across = lines[:, 0], lines[:, 1].transpose(1, 2)
     sums = torch.bmm(torch.bmm(down, scene.weight), across)
     data = torch.bmm(torch.bmm(down[:, :3], weighted), across[:, :, :3])
-    slope = fit.amplitude / fit.width**2
+    slope = fit.amplitude[scene.rows] / fit.width**2
     upper = [[sums[:, 3, 3], sums[:, 1, 1], slope * sums[:, 4, 3], slope * sums[:, 3, 4]]]
     upper += [[upper[0][1], sums[:, 0, 0], slope * sums[:, 2, 1], slope * sums[:, 1, 2]]]
     upper += [[upper[0][2], upper[1][2], slope**2 * sums[:, 5, 3], slope**2 * sums[:, 4, 4]]]
@@ -130,41 +130,50 @@ def _normal(scene: Scene, fit: _Fit, weighted: torch.Tensor) -> tuple[torch.Tens
     return hessian + ridge, gradient
 
 
-def _fit_denoised(scene: Scene, guess: torch.Tensor, polarity: int, width: float) -> _Fit:
+def _fit_denoised(scenes: list[Scene], place: torch.Tensor, polarity: int, width: float) -> _Fit:
     """Joint Gauss-Newton fit of all columns to the denoised frame; a step sees the neighbours of the step before."""
-    inner = scene.weight > 0
-    low = torch.where(inner, scene.denoised, torch.inf).amin(dim=(1, 2))
-    high = torch.where(inner, scene.denoised, -torch.inf).amax(dim=(1, 2))
-    spread = torch.nan_to_num(high - low, nan=0.0, posinf=0.0, neginf=0.0)
-    edge = torch.nan_to_num(low if polarity > 0 else high, nan=0.0, posinf=0.0, neginf=0.0)
-    fit = _Fit(polarity * spread, edge, guess, width)
+    low, high = (torch.cat(extremes) for extremes in zip(*map(_extremes, scenes), strict=True))
+    fit = _Fit(polarity * (high - low), low if polarity > 0 else high, place, width)
     for _ in range(STEPS):
-        fit = _step(scene, fit, guess)
+        changes = [_change(scene, fit, place) for scene in scenes]
+        amplitude, background, position = (torch.cat(part) for part in zip(*changes, strict=True))
+        fit = _Fit(amplitude, background, position, width)
     return fit
 
 
-def _step(scene: Scene, fit: _Fit, guess: torch.Tensor) -> _Fit:
-    """One Gauss-Newton step, moves limited to half a width."""
+def _extremes(scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and greatest usable pixel of each window, 0 where there is none."""
+    usable = scene.weight > 0
+    low = torch.where(usable, scene.denoised, torch.inf).amin(dim=(1, 2))
+    high = torch.where(usable, scene.denoised, -torch.inf).amax(dim=(1, 2))
+    return torch.nan_to_num(low, posinf=0.0), torch.nan_to_num(high, neginf=0.0)
+
+
+def _change(scene: Scene, fit: _Fit, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Amplitude, background, position after one step; a column moves at most half a width, and stays in its window."""
+    amplitude, background, position = (values[scene.rows] for values in fit[:3])
     hessian, gradient = _normal(scene, fit, scene.weight * (scene.denoised - _tails(scene, fit)))
     # The model without tails is amplitude times the first column of J plus background times the second.
-    gradient = gradient - fit.amplitude[:, None] * hessian[:, :, 0] - fit.background[:, None] * hessian[:, :, 1]
+    gradient = gradient - amplitude[:, None] * hessian[:, :, 0] - background[:, None] * hessian[:, :, 1]
     change = torch.linalg.solve(hessian, gradient)
-    most = 0.5 * fit.width
-    move = change[:, 2:4].clamp(-most, most)
-    position = guess + (fit.position + move - guess).clamp(-scene.radius[:, None], scene.radius[:, None])
-    return _Fit(fit.amplitude + change[:, 0], fit.background + change[:, 1], position, fit.width)
+    most, start, limit = 0.5 * fit.width, place[scene.rows], scene.radius[:, None]
+    position = start + (position + change[:, 2:4].clamp(-most, most) - start).clamp(-limit, limit)
+    return amplitude + change[:, 0], background + change[:, 1], position
 
 
 def _posterior(
-    scene: Scene, fit: _Fit, guess: torch.Tensor, fitted: torch.Tensor, polarity: int, share: float
+    scenes: list[Scene], fit: _Fit, fallback: torch.Tensor, place: torch.Tensor, polarity: int, share: float
 ) -> dict[str, Floats]:
-    hessian, gradient = _normal(scene, fit, scene.weight * (scene.measured - scene.denoised))
+    """The results; fallback (column) [px]: the error of a column that keeps its start, NaN where the fit is good."""
+    portions = [_normal(scene, fit, scene.weight * (scene.measured - scene.denoised)) for scene in scenes]
+    hessian, gradient = (torch.cat(part) for part in zip(*portions, strict=True))
+    fitted = torch.isnan(fallback)
     covariance = torch.linalg.inv(hessian)
     step = torch.einsum("nab,nb->na", covariance, gradient)
     bound = torch.diagonal(covariance, dim1=1, dim2=2)
     move, variance = _combination(step[:, 2:4], bound[:, 2:4], fitted, share)
-    position = torch.where(fitted[:, None], fit.position + move, guess) + scene.centre
-    error = torch.where(fitted[:, None], torch.sqrt(variance), scene.radius[:, None])
+    position = torch.where(fitted[:, None], fit.position + move, place)
+    error = torch.where(fitted[:, None], torch.sqrt(variance), fallback[:, None])
     area = 2 * torch.pi * fit.width**2
     noise = torch.sqrt(bound[:, 0])
     values = {

@@ -13,6 +13,8 @@ NEIGHBOURS = 8  # nearest columns whose tails are subtracted; the ninth is at le
 REACH = 2.5  # window radius in widths where neighbours leave room: 98 % of the position information
 SMALLEST_WINDOW = 1.5  # [px] below it the four parameters are not determined
 FLOOR = 0.1  # of the frame's mean: least expected electrons per pixel, so that empty pixels are not infinitely certain
+PORTION = 512  # columns fitted at a time
+PROFILED = 2048  # columns that the mean profile is taken from, evenly among all
 HALF_WIDTH = float(np.sqrt(2 * np.log(2)))  # half width at half maximum of a Gaussian, in standard deviations
 
 
@@ -25,14 +27,16 @@ class Neighbourhood(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What stays fixed in a fit: axes (column, window y, window x) unless said otherwise."""
+    """What stays fixed in the fit of some columns: axes (column, window y, window x) unless said otherwise."""
 
+    rows: slice  # which of the frame's columns these are
     measured: torch.Tensor
     denoised: torch.Tensor
     weight: torch.Tensor  # 1 / variance of the measured pixel, 0 where it is not used
     centre: torch.Tensor  # (column, 2) integer pixel in the middle of each window
     offset: torch.Tensor  # (window) pixel offsets from it
-    near: Neighbourhood
+    neighbour: torch.Tensor  # (column, neighbour) among all the frame's columns
+    exists: torch.Tensor  # (column, neighbour) 1 or 0
     radius: torch.Tensor  # (column) [px]
 
 
@@ -44,23 +48,40 @@ def cut_windows(
     *,
     width: float,
     readout_variance: float,
-) -> Scene:
+) -> list[Scene]:
     """Cut the windows. Pixels outside the frame, not finite, or past half way to a neighbour weigh nothing.
 
-    measured, denoised (y, x) [electrons]; place (column, 2) [px]; width [px] of a column's image.
+    measured, denoised (y, x) [electrons]; place (column, 2) [px]; width [px] of a column's image. In portions of
+    PORTION columns, so that what a step computes stays in the cache and memory bounded.
     """
-    radius = torch.clamp(torch.clamp(near.nearest / 2, max=REACH * width), min=SMALLEST_WINDOW)
+    floor = FLOOR * float(torch.nan_to_num(denoised, nan=0.0).mean().clamp(min=1e-3))
+    starts = range(0, len(place), PORTION)
+    portions = [slice(start, min(start + PORTION, len(place))) for start in starts]
+    return [_cut(measured, denoised, place, near, rows, width, readout_variance, floor) for rows in portions]
+
+
+def _cut(
+    measured: torch.Tensor,
+    denoised: torch.Tensor,
+    place: torch.Tensor,
+    near: Neighbourhood,
+    rows: slice,
+    width: float,
+    readout_variance: float,
+    floor: float,
+) -> Scene:
+    place = place[rows]
+    radius = torch.clamp(torch.clamp(near.nearest[rows] / 2, max=REACH * width), min=SMALLEST_WINDOW)
     centre, offset, (raw, soft), within = _windows(place, max(REACH * width, SMALLEST_WINDOW), measured, denoised)
     away = centre[:, :, None] + offset - place[:, :, None]
     distance = torch.hypot(away[:, 0, :, None], away[:, 1, None, :])
     # The rim fades over a pixel: a hard one would tie the position to the pixel grid.
     rim = (radius[:, None, None] + 0.5 - distance).clamp(0, 1)
     usable = within & torch.isfinite(raw) & torch.isfinite(soft)
-    floor = FLOOR * torch.nan_to_num(denoised, nan=0.0).mean().clamp(min=1e-3)
-    variance = torch.maximum(torch.nan_to_num(soft), floor) + readout_variance
+    variance = torch.nan_to_num(soft).clamp(min=floor) + readout_variance
     weight = torch.where(usable, rim / variance, 0.0)
     raw, soft = torch.where(usable, raw, 0.0), torch.where(usable, soft, 0.0)
-    return Scene(raw, soft, weight, centre, offset, near, radius)
+    return Scene(rows, raw, soft, weight, centre, offset, near.which[rows], near.exists[rows], radius)
 
 
 def _windows(
@@ -108,6 +129,7 @@ def common_width(
     neighbours. Without a half maximum in reach, width is returned; and never less than half or more than twice of it.
     """
     reach = max(min(3 * width, 0.5 * float(near.nearest.median())), 2.0)
+    place = place[:: -(-len(place) // PROFILED)]
     centre, offset, (values,), within = _windows(place, reach, denoised)
     away = centre[:, :, None] + offset - place[:, :, None]
     distance = torch.hypot(away[:, 0, :, None], away[:, 1, None, :])

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 
-from pipeline.steps import columns
+from pipeline.steps import column_windows, columns, score
 from pipeline.steps.species import assign_species, count_species
 from tests import oracles_columns as oracle
 
@@ -208,6 +211,14 @@ def test_two_runs_give_the_same_bits():
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
+def test_portions_do_not_matter(monkeypatch):
+    points, frame, denoised = next(noisy_frames(mean=5.8, count=5, frames=1, seed=9))
+    whole = columns.refine(frame, denoised, *points.T, **FIT)
+    monkeypatch.setattr(column_windows, "PORTION", 7)
+    cut = columns.refine(frame, denoised, *points.T, **FIT)
+    assert all(np.allclose(whole[name], cut[name], rtol=1e-10, atol=1e-10) for name in whole)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_agrees():
@@ -240,6 +251,33 @@ def test_starts_on_one_spot_do_not_break_the_fit():
     image = oracle.gaussians((48, 48), [(16.0, 16.0, 5.0)], width=2.5, background=5.0)
     found = columns.refine(image, image, [16.0] * 12, [16.0] * 12, **FIT)
     assert all(np.isfinite(values).all() for values in found.values())
+
+
+GRAPHENE = Path(__file__).parents[3] / "shared/data/labelled/graphene_sim"
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not GRAPHENE.exists(), reason="no folder of labelled data beside the checkout")
+@pytest.mark.parametrize(("name", "limit"), [("test_data_1.npz", 0.22), ("test_data_2.npz", 0.11)])
+def test_graphene_of_another_simulator(name, limit):
+    """One noisy frame (about 400 and 1,600 e⁻/Å²), blurred for want of neighbours; positions by somebody else."""
+    with np.load(GRAPHENE / name) as data:
+        frame, true, sampling = data["image"].astype(float), data["positions"], float(data["sampling"])
+    response = score.difference_of_gaussians(frame, polarity=1, width=0.35 / sampling)
+    true = true[columns.inside(*true.T, shape=frame.shape, margin=1 / sampling)]
+    spacing = {"min_distance": 0.8 / sampling, "max_distance": 0.5 / sampling, "margin": 1 / sampling}
+    threshold, yardstick = score.best_threshold([response], [true], **spacing)
+    peaks = columns.find_columns(response, threshold=threshold, min_distance=0.8 / sampling)
+    blurred = gaussian_filter(frame, 0.25 / sampling)
+    table = columns.refine(frame, blurred, peaks.y, peaks.x, **FIT | {"width": 0.5 / sampling, "fit_width": True})
+    keep = columns.inside(table["y"], table["x"], shape=frame.shape, margin=1 / sampling)
+    found = np.column_stack([table["y"], table["x"]])[keep]
+    tally = score.tally_frame(found * sampling, true * sampling, max_distance=0.5, moved_distance=0.3)
+    result = score.score(tally)
+    assert result.rms < limit
+    assert max(abs(result.bias_y), abs(result.bias_x)) < 0.02
+    assert result.f1 > yardstick.f1 - 0.02
+    assert yardstick.f1 > 0.9
 
 
 # --- what is reported -----------------------------------------------------------------------------------------------
