@@ -24,16 +24,15 @@ from schemas.settings import Settings
 
 # What each step reads of the settings, and which step it follows. A step's version is raised when its result changes.
 STEPS: Mapping[str, tuple[int, str | None, tuple[str, ...]]] = {
-    "calibrate": (1, None, ("detector", "source.counts_per_electron", "source.defocus_plane")),
-    "survey": (1, "calibrate", ("drift.correct", "drift.lags", "drift.band", "drift.candidates")),
-    "drift": (1, "survey", ("drift",)),
+    "calibrate": (1, None, ("detector", "source.counts_per_electron", "source.defocus_plane", *(
+        f"drift.{name}" for name in ("correct", "band", "taper", "change", "limit")))),
+    "survey": (1, "calibrate", ("drift.lags", "drift.candidates", "drift.max_shift")),
+    "drift": (1, "survey", ("drift.max_motion", "drift.cauchy")),
     "adapt": (1, "drift", ("denoise",)),
     "vote": (1, "adapt", ("segment.model", "segment.contrast", "source.mode", "lowpass")),
-    "process": (1, "vote", ("segment", "columns", "species", "images")),
-    "collect": (1, "process", ()),
-}
-SURVEY, PREPARE, PROCESS = ("calibrate", "survey"), ("drift", "adapt", "vote"), ("process",)
-
+    "process": (1, "vote", ("segment", "columns", "species", "images.save")),
+    "collect": (1, "process", ("images.examples",)),
+}  # fmt: skip
 BLOCK_PIXELS = 2**23
 BLOCK_FRAMES = (4, 16)
 
