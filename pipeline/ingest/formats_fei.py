@@ -1,7 +1,7 @@
 """Reader of TIA series (SER) with the metadata of the EMI file beside them.
 
 Source of the layout: C. Boothroyd, "Interpretation of the FEI TIA series data format"; RosettaSciIO reads the same but
-loads the whole series, so the offsets are read here. Rows are in the order stored, as RosettaSciIO gives them.
+loads the whole series, so the offsets are read here. TIA stores the bottom row first.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def inspect_ser(path: Path, dataset: str | None) -> Facts:
     if first[6] not in DTYPES:
         raise SourceError(f"{path}: holds pixels of TIA type {first[6]}; expected one of {sorted(DTYPES)}.")
     dtype, plane = np.dtype(DTYPES[first[6]]), (int(first[8]), int(first[7]))
-    where = records.layout(dtype, [at + ELEMENT.size if at > 0 else -1 for at in offsets])
+    where = records.layout(dtype, [at + ELEMENT.size if at > 0 else -1 for at in offsets]) | {"upside_down": True}
     metadata = _emi(path)
     unit = "1/m" if _is_diffraction(metadata) else "m"
     clock = None

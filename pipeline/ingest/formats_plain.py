@@ -47,8 +47,6 @@ def inspect_mrc(path: Path, dataset: str | None) -> Facts:
     del dataset
     header, extended, notes = _mrc_header(path)
     nx, ny, nz = int(header.nx), int(header.ny), int(header.nz)
-    if min(nx, ny, nz) < 1 or max(nx, ny) > MAX_SIDE or nz > MAX_FRAMES:
-        raise SourceError(f"{path}: is not an MRC file: its header says {nz} frames of {ny} × {nx} px.")
     mode = int(header.mode)
     if mode not in MRC_MODES:
         raise SourceError(f"{path}: has MRC mode {mode}; expected one of {sorted(MRC_MODES)}.")
@@ -75,6 +73,10 @@ def inspect_mrc(path: Path, dataset: str | None) -> Facts:
 
 
 def _mrc_header(path: Path) -> tuple[Any, Any, tuple[str, ...]]:
+    with path.open("rb") as raw:
+        start = raw.read(1024)
+    if not any(_plausible(start, order, path.stat().st_size) for order in "<>"):
+        raise SourceError(f"{path}: is not an MRC file, or ends within its header of 1,024 bytes.")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -85,6 +87,16 @@ def _mrc_header(path: Path) -> tuple[Any, Any, tuple[str, ...]]:
         except (ValueError, OSError) as error:
             raise SourceError(f"{path}: is not an MRC file: {error}.") from error
     return header, extended, tuple(f"mrcfile: {item.message}" for item in caught)
+
+
+def _plausible(header: bytes, order: str, size: int) -> bool:
+    """Whether the numbers of a header can be those of an MRC file of so many bytes, in one byte order."""
+    if len(header) < 1024:
+        return False
+    words = np.frombuffer(header, np.dtype("i4").newbyteorder("<" if order == "<" else ">"))
+    nx, ny, nz, mode, extended = (int(words[i]) for i in (0, 1, 2, 3, 23))
+    sizes = 0 < nx <= MAX_SIDE and 0 < ny <= MAX_SIDE and 0 < nz <= MAX_FRAMES
+    return sizes and 0 <= mode <= 1000 and extended <= size
 
 
 def _mrc_spacing(header: Any) -> Spacing | None:

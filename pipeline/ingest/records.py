@@ -59,6 +59,9 @@ def read(path: Path, where: dict[str, Any], plane: Sequence[int], start: int, st
                 _fill(file, out[i], at, path, frame)
     if not stored.isnative:
         out.byteswap(inplace=True)
+    if where.get("upside_down"):
+        for frame in out:
+            frame[:] = frame[::-1].copy()
     return out.view(stored.newbyteorder("="))
 
 

@@ -63,7 +63,7 @@ def _dm_value(value: Any) -> bytes:
 
 
 def ser(path: Path, data: np.ndarray, delta: float, *, total: int | None = None, version: int = 0x0220) -> Path:
-    """A TIA series whose images have pixels of `delta` metres."""
+    """A TIA series whose images have pixels of `delta` metres; the bottom row comes first."""
     frames, (y, x) = len(data), data.shape[1:]
     total = frames if total is None else total
     code = {"uint8": 1, "uint16": 2, "int16": 5, "float32": 7}[data.dtype.name]
@@ -80,7 +80,7 @@ def ser(path: Path, data: np.ndarray, delta: float, *, total: int | None = None,
     out += struct.pack(f"<{total}{offset_format}", *[at + element - 8 for at in starts], *[0] * (total - frames))
     for i in range(frames):
         out += struct.pack("<ddiddiHII", 0.0, delta, 0, 0.0, delta, 0, code, x, y)
-        out += data[i].tobytes() + struct.pack("<HHI", 0x4152, 0, 1_000_000 + i // 3)
+        out += data[i, ::-1].tobytes() + struct.pack("<HHI", 0x4152, 0, 1_000_000 + i // 3)
     path.write_bytes(out)
     return path
 
