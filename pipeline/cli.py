@@ -321,10 +321,15 @@ def simulate(
     seed: Annotated[int, typer.Option(help="seed of everything random")] = 0,
 ) -> None:
     """Simulate a movie with a known answer."""
-    from pipeline.simulate.files import load_spec, simulate_to_file
+    from pipeline.results.evaluate import truth_of
+    from pipeline.simulate.files import load_spec, write_movie
+    from pipeline.simulate.movie import simulate_movie
 
-    movie, truth = simulate_to_file(load_spec(spec), target, seed=seed)
-    out.print(f"wrote {movie} and {truth}", markup=False)
+    movie = simulate_movie(load_spec(spec), seed)
+    write_movie(movie, target)
+    truth = target.with_suffix(".truth.npz")
+    truth_of(movie).save(truth)
+    out.print(f"wrote {target} and its truth {truth}", markup=False)
 
 
 @app.command()
