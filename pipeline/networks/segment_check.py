@@ -32,6 +32,7 @@ CASES = {
     "WSe2, HAADF": MovieSpec(kind="wse2", mode="haadf", sampling=0.12),
     "graphene, HAADF": MovieSpec(kind="graphene", mode="haadf", energy=60.0, sampling=0.08),
 }
+EMPTY = {kind: MovieSpec(kind=kind) for kind in ("vacuum", "carbon")}
 
 
 class Result(NamedTuple):
@@ -123,7 +124,7 @@ def table(network: nn.Module, *, sampling: float, seeds: Iterable[int], report: 
                 f"{r.votes_right} of {r.movies} |"
             )
     report("\n| nothing but | dose [e-/Å²] | columns per frame |\n|---|---|---|")
-    for kind in ("vacuum", "carbon"):
+    for kind, spec in EMPTY.items():
         for dose in (50.0, 200.0, 1000.0):
-            found = columns_in_noise(network, MovieSpec(kind=kind, dose=dose), seeds, sampling=sampling)
+            found = columns_in_noise(network, replace(spec, dose=dose), seeds, sampling=sampling)
             report(f"| {kind} | {dose:.0f} | {found:.3f} |")

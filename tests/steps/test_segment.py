@@ -154,9 +154,9 @@ def test_smooth_equals_scipy():
 
 
 def test_sampling_outside_the_range_is_refused(random_network):
-    assert segment.usable(0.04) and segment.usable(0.4)
+    assert segment.usable(0.03) and segment.usable(0.4)
     assert not segment.usable(1.635) and not segment.usable(0.01)
-    with pytest.raises(SettingsError, match=r"sampling is 1.635 Å/px; expected 0.04 to 0.4"):
+    with pytest.raises(SettingsError, match=r"sampling is 1.635 Å/px; expected 0.03 to 0.4"):
         segment.check_sampling(1.635)
     with pytest.raises(SettingsError, match=r"sampling is 0\.5"):
         segment.column_probability(
