@@ -21,6 +21,7 @@ from schemas.errors import SourceError
 
 MAGIC, IMAGES, SPECTRA = 0x0197, 0x4122, 0x4120
 SHORT_OFFSETS = 0x0210  # up to this version offsets have 4 bytes, later 8
+BEYOND = 1 << 62  # no file has such an offset
 HEADER = struct.Struct("<HHHIIII")
 ELEMENT = struct.Struct("<ddiddiHII")  # calibration of x and of y, data type, size of x and of y
 DTYPES = {1: "u1", 2: "<u2", 3: "<u4", 4: "i1", 5: "<i2", 6: "<i4", 7: "<f4", 8: "<f8", 9: "<c8", 10: "<c16"}
@@ -99,7 +100,8 @@ def _series(path: Path, file: BinaryIO) -> tuple[list[int], tuple[int, ...], lis
 
 def _numbers(raw: bytes, kind: str) -> list[int]:
     width = np.dtype(kind).itemsize
-    return [int(value) for value in np.frombuffer(raw[: len(raw) // width * width], kind)]
+    values = np.frombuffer(raw[: len(raw) // width * width], kind)
+    return [int(value) if value < BEYOND else -1 for value in values]
 
 
 def _elements(file: BinaryIO, offsets: list[int], size: int) -> dict[int, tuple[Any, ...]]:

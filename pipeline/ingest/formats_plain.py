@@ -23,12 +23,9 @@ def inspect_npy(path: Path, dataset: str | None) -> Facts:
     """A NumPy file: (y, x), (time, y, x) or (time, defocus, y, x); it holds no calibration."""
     del dataset
     with path.open("rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(file)
-        except ValueError as error:
-            raise SourceError(f"{path}: is not a NumPy file: {error}.") from error
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
         offset = file.tell()
     name = plain_dtype(path, dtype)
     leading, plane = split_shape(path, shape)
@@ -79,13 +76,10 @@ def _mrc_header(path: Path) -> tuple[Any, Any, tuple[str, ...]]:
         raise SourceError(f"{path}: is not an MRC file, or ends within its header of 1,024 bytes.")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        try:
-            with mrcfile.open(path, permissive=True, header_only=True) as file:
-                header = file.header.copy()
-                known = bytes(header.exttyp) in FEI_HEADERS and file.extended_header.size > 0
-                extended = file.indexed_extended_header.copy() if known else None
-        except (ValueError, OSError) as error:
-            raise SourceError(f"{path}: is not an MRC file: {error}.") from error
+        with mrcfile.open(path, permissive=True, header_only=True) as file:
+            header = file.header.copy()
+            known = bytes(header.exttyp) in FEI_HEADERS and file.extended_header.size > 0
+            extended = file.indexed_extended_header.copy() if known else None
     return header, extended, tuple(f"mrcfile: {item.message}" for item in caught)
 
 

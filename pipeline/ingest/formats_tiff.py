@@ -23,14 +23,8 @@ from schemas.errors import SourceError
 
 def inspect_tiff(path: Path, dataset: str | None) -> Facts:
     """Facts of the (only, or chosen) series of pages of a TIFF file."""
-    with collected_log() as complaints:
-        try:
-            with tifffile.TiffFile(path, _multifile=False) as file:  # an OME file may name others anywhere
-                return _inspect(path, file, dataset, complaints)
-        except SourceError:
-            raise
-        except Exception as error:  # tifffile raises whatever the damaged bytes lead it to
-            raise SourceError(f"{path}: cannot be read as TIFF ({type(error).__name__}: {error}).") from error
+    with collected_log() as complaints, tifffile.TiffFile(path, _multifile=False) as file:
+        return _inspect(path, file, dataset, complaints)  # (an OME file may name other files anywhere)
 
 
 def _inspect(path: Path, file: tifffile.TiffFile, dataset: str | None, complaints: list[str]) -> Facts:

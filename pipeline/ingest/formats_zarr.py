@@ -24,27 +24,17 @@ def open_source(path: Path) -> Any:
 
 def inspect_zarr(path: Path, dataset: str | None) -> Facts:
     """Facts of a Zarr array, or of the only or chosen image of a group (of OME images the full resolution)."""
-    try:
-        node = open_source(path)
-        name, axes, where = _image(path, node, dataset)
-        array = node[name] if name else node
-        vendor = json_able({"attributes": dict(node.attrs), **({name: dict(array.attrs)} if name else {})})
-    except SourceError:
-        raise
-    except Exception as error:  # zarr and its codecs raise many kinds
-        raise SourceError(f"{path}: cannot be read as Zarr ({type(error).__name__}: {error}).") from error
+    node = open_source(path)
+    name, axes, where = _image(path, node, dataset)
+    array = node[name] if name else node
+    vendor = json_able({"attributes": dict(node.attrs), **({name: dict(array.attrs)} if name else {})})
     return array_facts(path, axes, array.dtype, layout={"kind": "zarr", "array": name}, where=where, vendor=vendor)
 
 
 def read_zarr(path: Path, layout: dict[str, Any], plane: tuple[int, int], start: int, stop: int) -> np.ndarray:
     """Planes start…stop of a Zarr array, (stop - start, y, x)."""
-    try:
-        node = open_source(path)
-        return read_array(node[layout["array"]] if layout["array"] else node, layout["order"], plane, start, stop)
-    except Exception as error:  # zarr and its codecs raise many kinds
-        raise SourceError(
-            f"{path}: frames {start} to {stop - 1} cannot be decoded ({type(error).__name__}: {error})."
-        ) from error
+    node = open_source(path)
+    return read_array(node[layout["array"]] if layout["array"] else node, layout["order"], plane, start, stop)
 
 
 def _image(path: Path, node: Any, dataset: str | None) -> tuple[str, list[Axis], str]:

@@ -54,11 +54,21 @@ def reader_for(path: Path) -> Reader | None:
 
 
 def inspect(path: Path, reader: str, dataset: str | None) -> Facts:
-    """Facts of one file; every failure is a SourceError that names the file."""
+    """Facts of one file; every failure is a SourceError that names the file.
+
+    Damaged bytes lead the parsers to exceptions of every kind: this is the one place where they are translated.
+    """
     try:
         return _function(READERS[reader].inspect)(path, dataset)  # type: ignore[no-any-return]
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be opened ({error.strerror or error}).") from error
+    except (SourceError, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise SourceError(f"{path}: no such file.") from error
+    except Exception as error:
+        raise SourceError(
+            f"{path}: cannot be read as {reader}: it is damaged, or not what its name says "
+            f"({type(error).__name__}: {error}). Open it in the software that wrote it, or copy it again."
+        ) from error
 
 
 def read_planes(
@@ -69,8 +79,12 @@ def read_planes(
         if layout.get("kind") == "records":
             return records.read(path, layout, plane, *span)
         return _function(READERS[reader].read)(path, layout, plane, *span)  # type: ignore[no-any-return]
-    except OSError as error:
-        raise SourceError(f"{path}: frames {span[0]} to {span[1] - 1} cannot be read ({error}).") from error
+    except (SourceError, MemoryError):
+        raise
+    except Exception as error:
+        raise SourceError(
+            f"{path}: frames {span[0]} to {span[1] - 1} cannot be decoded ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _function(name: str) -> Callable[..., Any]:
