@@ -6,6 +6,7 @@ Collections would drop resources when they are fused, and hold a graph as large 
 
 from __future__ import annotations
 
+import functools
 import math
 import queue
 import threading
@@ -15,6 +16,9 @@ from typing import TypeVar
 
 from distributed import Client, Future
 from distributed.scheduler import KilledWorker
+from threadpoolctl import ThreadpoolController
+
+from pipeline.steps.denoise import one_thread
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -46,11 +50,23 @@ def stream(
         for item in items:
             if stop.is_set():
                 raise Stopped
-            yield item, function(item)
+            yield item, single_threaded(function, item)
         return
     yield from _stream_on_cluster(
         client, function, iter(items), label, stop, resources or {"CPU": 1}, in_flight or 2 * len(client.nthreads())
     )
+
+
+@functools.cache
+def _thread_pools() -> ThreadpoolController:
+    """The thread pools of BLAS and OpenMP in this process; finding them costs more than setting them."""
+    return ThreadpoolController()
+
+
+def single_threaded(function: Callable[[Item], Result], item: Item) -> Result:
+    """``function(item)`` on one thread, here as on any worker: how many share a sum decides its last bits."""
+    with one_thread(), _thread_pools().limit(limits=1):
+        return function(item)
 
 
 def _stream_on_cluster(
@@ -67,7 +83,7 @@ def _stream_on_cluster(
 
     def send(item: Item) -> None:
         key = f"{label}-{uuid.uuid4().hex}"
-        future = client.submit(function, item, key=key, resources=resources, pure=False, retries=0)
+        future = client.submit(single_threaded, function, item, key=key, resources=resources, pure=False, retries=0)
         futures[future] = item
         future.add_done_callback(finished.put)
 
