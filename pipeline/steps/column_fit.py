@@ -19,6 +19,9 @@ it is not data: its error is unknown and part of it is this frame's own noise. S
    frame have in common in d (neighbouring frames were aligned by whole pixels) is known much better than each d, so
    it is split off first and weighed by itself, after James and Stein: shift (1 - 4 (1 - share)/rho_shift)+.
 
+The errors are those of a column's image. Where the image's peak does not lie on the column (thickness, tilt,
+aberrations) they do not tell: on simulated Au [110] at 300 kV 0.012 Å per axis (bright atoms), 0.02 Å (dark).
+
 All is float64: the normal equations lose half the digits, the problem is tiny, and devices then agree to 1e-9 px.
 """
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
+from pipeline.simulate.movie import MovieSpec, simulate_movie
 from pipeline.steps import column_windows, columns, score
 from pipeline.steps.species import assign_species, count_species
 from tests import oracles_columns as oracle
@@ -278,6 +279,27 @@ def test_graphene_of_another_simulator(name, limit):
     assert max(abs(result.bias_y), abs(result.bias_x)) < 0.02
     assert result.f1 > yardstick.f1 - 0.02
     assert yardstick.f1 > 0.9
+
+
+@pytest.mark.parametrize(
+    ("dose", "contrast", "limit"), [(200, "bright", 0.06), (1000, "bright", 0.04), (200, "dark", 0.07)]
+)
+def test_positions_in_a_simulated_gold_particle(dose, contrast, limit):
+    """Root mean square distance from the projected columns in Å, with a mean of five aligned frames as prior."""
+    spec = MovieSpec(shape=(192, 192), frames=5, dose=dose, radius=11.0, contrast=contrast, events=0)
+    movie = simulate_movie(spec, 31)
+    electrons = np.random.default_rng(1).poisson(movie.clean * dose * movie.sampling**2).astype(np.float32)
+    whole = np.round(movie.drift - movie.drift[2]).astype(int)
+    denoised = np.mean([np.roll(e, -d, (0, 1)) for e, d in zip(electrons, whole, strict=True)], axis=0)
+    true = movie.columns[2][movie.columns[2]["visible"]]
+    start = [true[axis] + np.random.default_rng(2).normal(0, 0.5, len(true)) for axis in "yx"]
+    fit = FIT | {"polarity": movie.polarity, "width": 0.5 / movie.sampling, "fit_width": True}
+    table = columns.refine(electrons[2], denoised, *start, **fit)
+    off = np.stack([table[axis] - true[axis] for axis in "yx"])
+    assert table["fitted"].all()
+    assert movie.sampling * np.sqrt(np.mean(off**2) * 2) < limit
+    assert np.mean(table["significance"] > 2) > 0.97
+    assert 0.35 < np.mean(np.abs(off) < np.stack([table["y_err"], table["x_err"]])) < 0.85
 
 
 # --- what is reported -----------------------------------------------------------------------------------------------
