@@ -148,7 +148,7 @@ def run(
     from pipeline import plan
     from pipeline.graph import Stopped
     from pipeline.progress import display
-    from pipeline.run import run as run_job
+    from pipeline.story import run as run_job
     from schemas.profiles import load_profile
 
     job = _job(sources, output, overrides)

@@ -12,7 +12,7 @@ from cluster import connect
 from pipeline.progress import display
 from pipeline.results.evaluate import as_table, evaluate, truth_of
 from pipeline.results.report import report
-from pipeline.run import run
+from pipeline.story import run
 from pipeline.simulate.files import write_movie
 from pipeline.simulate.movie import MovieSpec, simulate_movie
 from schemas.jobfile import validate

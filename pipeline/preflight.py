@@ -20,7 +20,7 @@ from pipeline.ingest.to_stack import Cut, binned_dtype, is_current, plan_cut, so
 from pipeline.ledger import Ledger
 from pipeline.networks.weights import load_weights
 from pipeline.prepare import PRETRAINED
-from pipeline.run import PlannedMovie, Progress, movies_of, overrides_of
+from pipeline.story import PlannedMovie, Progress, movies_of, overrides_of
 from pipeline.steps import denoise, segment
 from schemas.errors import ColonnadeError, ResourceError, SettingsError
 from schemas.settings import Job, Settings
