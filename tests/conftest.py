@@ -56,7 +56,7 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Untrained networks, small and always the same: {"denoise": …, "columns": …}."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
-    denoise = build("blindspot", {"frames": 5, "channels": 16, "dilations": [1, 2]})
+    denoise = build("blindspot", {"frames": 5, "channels": 16, "dilations": [2]})
     columns = build("msdnet", {"inputs": 1, "outputs": 2, "width": 4, "dilations": [1, 2, 4, 8, 6, 2]})
     save_weights(denoise, folder / "denoise.safetensors", {"sampling": 0.2})
     save_weights(columns, folder / "columns.safetensors", {"sampling": 0.2})
