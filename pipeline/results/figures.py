@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib as mpl
@@ -38,17 +38,20 @@ _DARK = {
     "flag": "#f0a830",
 }
 
-Theme = Mapping[str, str]
 
-
-def render(draw: Callable[[Figure, Theme], None], size: tuple[float, float], alt: str) -> Markup:
+def render(draw: Callable[[Figure], None], size: tuple[float, float], alt: str) -> Markup:
     """A picture that follows the reader's light or dark setting; ``size`` is (width, height) in inches."""
-    light, dark = (data_uri(_svg(draw, size, theme), "image/svg+xml") for theme in (_LIGHT, _DARK))
-    source = element("source", srcset=dark, media="screen and (prefers-color-scheme: dark)")
-    return element("picture", source, element("img", src=light, alt=alt, class_="figure"))
+    light = _svg(draw, size)
+    dark = light
+    for name, colour in _LIGHT.items():  # drawing and laying out twice would take twice the time
+        dark = dark.replace(colour, _DARK[name])
+    light_uri, dark_uri = (data_uri(text.encode(), "image/svg+xml") for text in (light, dark))
+    source = element("source", srcset=dark_uri, media="screen and (prefers-color-scheme: dark)")
+    return element("picture", source, element("img", src=light_uri, alt=alt, class_="figure"))
 
 
-def _svg(draw: Callable[[Figure, Theme], None], size: tuple[float, float], theme: Theme) -> bytes:
+def _svg(draw: Callable[[Figure], None], size: tuple[float, float]) -> str:
+    theme = _LIGHT
     style: dict[Any, Any] = {
         "font.size": 9.5, "font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False,
         "axes.edgecolor": theme["soft"], "axes.labelcolor": theme["ink"], "text.color": theme["ink"],
@@ -61,26 +64,26 @@ def _svg(draw: Callable[[Figure, Theme], None], size: tuple[float, float], theme
     with mpl.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        draw(figure, theme)
+        draw(figure)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+    return buffer.getvalue().decode()
 
 
 def drift_figure(series: FrameSeries) -> Markup:
     """Drift down and across against time with its standard error, and the path on the detector."""
 
-    def draw(figure: Figure, theme: Theme) -> None:
+    def draw(figure: Figure) -> None:
         grid = figure.add_gridspec(2, 2, width_ratios=(2.1, 1))
         down = figure.add_subplot(grid[0, 0])
         across = figure.add_subplot(grid[1, 0], sharex=down)
         for axes, axis, name in ((down, 0, "y (down)"), (across, 1, "x (across)")):
-            _line(axes, series.time, series.drift[:, axis], theme["first"], error=series.drift_error[:, axis])
+            _line(axes, series.time, series.drift[:, axis], _LIGHT["first"], error=series.drift_error[:, axis])
             axes.set_ylabel(f"drift {name} / Å")
-            _flags(axes, series, theme)
+            _flags(axes, series)
         down.tick_params(labelbottom=False)
         across.set_xlabel("time / s")
-        _path(figure, figure.add_subplot(grid[:, 1]), series, theme)
+        _path(figure, figure.add_subplot(grid[:, 1]), series)
 
     far = float(np.nanmax(np.hypot(*series.drift.T))) if np.isfinite(series.drift).any() else float("nan")
     return render(draw, (9.6, 4.2), f"Drift of the specimen against time and as a path; at most {far:.3g} Å")
@@ -91,23 +94,23 @@ def series_figure(series: FrameSeries) -> Markup:
     doses = np.isfinite(series.dose).any()
     present = {name: count for name, count in series.species.items() if np.nansum(count) > 0}
 
-    def draw(figure: Figure, theme: Theme) -> None:
+    def draw(figure: Figure) -> None:
         panels = figure.subplots(3, 1, sharex=True)
-        _line(panels[0], series.time, series.columns, theme["first"])
+        _line(panels[0], series.time, series.columns, _LIGHT["first"])
         if len(present) > 1:
             for i, (name, count) in enumerate(sorted(present.items())):
                 _line(panels[0], series.time, count, mpl.colormaps["viridis"](0.3 + 0.6 * i / len(present)), label=name)
             panels[0].legend(ncols=4, fontsize=8)
         panels[0].set_ylabel("columns per frame")
-        _line(panels[1], series.time, series.snr, theme["first"])
+        _line(panels[1], series.time, series.snr, _LIGHT["first"])
         panels[1].set_ylabel("signal-to-noise ratio")
         for axes in panels[:2]:
             axes.set_ylim(0, 1.08 * max(axes.get_ylim()[1], 1e-6))
-        _line(panels[2], series.time, series.dose if doses else series.electrons, theme["first"])
+        _line(panels[2], series.time, series.dose if doses else series.electrons, _LIGHT["first"])
         panels[2].set_ylabel("dose per frame / e⁻ Å⁻²" if doses else "electrons per pixel")
         panels[2].set_xlabel("time / s")
         for axes in panels:
-            _flags(axes, series, theme)
+            _flags(axes, series)
 
     what = "dose" if doses else "electrons per pixel"
     return render(draw, (9.6, 5.6), f"Columns per frame, signal-to-noise ratio and {what} against time")
@@ -116,16 +119,16 @@ def series_figure(series: FrameSeries) -> Markup:
 def histogram_figure(summary: ColumnSummary) -> Markup:
     """How sure the network was of the columns, and how precisely they were located."""
 
-    def draw(figure: Figure, theme: Theme) -> None:
+    def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
-        left.stairs(summary.probability, PROBABILITY_EDGES, fill=True, color=theme["first"], alpha=0.85)
+        left.stairs(summary.probability, PROBABILITY_EDGES, fill=True, color=_LIGHT["first"], alpha=0.85)
         left.set_xlabel("probability of a column")
         left.set_ylabel("columns")
         left.set_xlim(0, 1)
         shown = ERROR_EDGES[1:-1]
         for counts, colour, name, fill in (
-            (summary.error_y, theme["first"], "y (down)", True),
-            (summary.error_x, theme["second"], "x (across)", False),
+            (summary.error_y, _LIGHT["first"], "y (down)", True),
+            (summary.error_x, _LIGHT["second"], "x (across)", False),
         ):
             right.stairs(
                 counts[1:-1], shown, fill=fill, color=colour, alpha=0.6 if fill else 1, label=name, linewidth=1.4
@@ -178,27 +181,30 @@ def _line(
     axes.plot(when, middle, color=colour, label=label, marker="o" if len(numbers) <= 80 else "", markersize=2.6)
 
 
-def _flags(axes: Axes, series: FrameSeries, theme: Theme) -> None:
+def _flags(axes: Axes, series: FrameSeries) -> None:
     """A tick below the axis for each frame that was not measured."""
     when = series.time[~series.measured]
+    if not len(when):  # a line without points has a boundless box, which breaks the layout
+        return
     if len(when) > MOST_POINTS:
         when = when[np.linspace(0, len(when) - 1, MOST_POINTS).astype(int)]
     axes.plot(
-        when, np.zeros(len(when)), linestyle="", marker="|", markersize=9, markeredgewidth=1.6, color=theme["flag"],
+        when, np.zeros(len(when)), linestyle="", marker="|", markersize=9, markeredgewidth=1.6, color=_LIGHT["flag"],
         transform=axes.get_xaxis_transform(), clip_on=False, zorder=5,
     )  # fmt: skip
 
 
-def _path(figure: Figure, axes: Axes, series: FrameSeries, theme: Theme) -> None:
+def _path(figure: Figure, axes: Axes, series: FrameSeries) -> None:
     time, y, *_ = thin(series.time, series.drift[:, 0])
     x = thin(series.time, series.drift[:, 1])[1]
     points = np.stack([x, y], axis=1)
     segments = np.stack([points[:-1], points[1:]], axis=1)
     lines = LineCollection(list(segments), cmap="viridis", linewidths=1.6)
-    lines.set_array(time[:-1])
+    lines.set_array((time[:-1] + time[1:]) / 2)
+    lines.set_clim(*((time[0], time[-1]) if len(time) > 1 else (0, 1)))
     axes.add_collection(lines)
     if len(x):
-        axes.plot(x[:1], y[:1], marker="o", color=theme["ink"], markersize=5, linestyle="")
+        axes.plot(x[:1], y[:1], marker="o", color=_LIGHT["ink"], markersize=5, linestyle="")
         axes.annotate("start", (x[0], y[0]), xytext=(6, 5), textcoords="offset points", fontsize=8.5)
     axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.12)

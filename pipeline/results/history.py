@@ -36,13 +36,17 @@ class BlockRecord:
 
 @dataclass
 class History:
-    """All that the records of one movie say; blocks by (step, start, stop), each as it stands now."""
+    """All that the records of one movie say; blocks by (step, start, stop), each as it stands now.
+
+    ``stops``: the (step, reason) of each error that stopped the last attempt.
+    """
 
     movie: str
     blocks: dict[tuple[str, int, int], BlockRecord] = field(default_factory=dict)
     attempts: int = 0
     planned: dict[str, int] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
+    stops: list[tuple[str, str]] = field(default_factory=list)
     state: str | None = None
     reason: str = ""
     unreadable: int = 0
@@ -113,8 +117,15 @@ def _add(history: History, record: Mapping[str, Any]) -> None:
         history.fingerprints[block.step] = block.fingerprint
     elif kind == "deps":
         history.fingerprints[str(record["step"])] = str(record["fingerprint"])
-    elif kind == "plan":
+    elif kind == "plan":  # a new attempt begins
         history.planned = {str(step): int(count) for step, count in record["blocks"].items()}
+        history.fingerprints |= {str(k): str(v) for k, v in record.get("fingerprints", {}).items()}
+        history.stops, history.state, history.reason = [], "started", ""
+    elif kind == "redo":
+        for key in [key for key in history.blocks if key[0] in record["steps"]]:
+            del history.blocks[key]
+    elif kind == "failure":
+        history.stops.append((str(record["step"]), str(record.get("reason") or "")))
     elif kind == "movie":
         history.state, history.reason = str(record["status"]), str(record.get("reason") or "")
 

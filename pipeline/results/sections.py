@@ -36,6 +36,7 @@ def banners(made: Mapping[str, Any], history: History, series: FrameSeries | Non
     elif made.get("state") != "complete":
         done = f" {int(series.measured.sum()):,} of {len(series.time):,} frames are measured." if series else ""
         words.append(f"This run is not finished (state: {made.get('state', 'unknown')}).{done}")
+    words += [f"The last attempt stopped in {step}: {reason}" for step, reason in history.stops]
     if failed := history.problems():
         words.append(f"{len(failed)} block{'' if len(failed) == 1 else 's'} failed; see Failures below.")
     words += [str(note) for note in made.get("notes") or ()]
@@ -107,6 +108,7 @@ def failures(history: History) -> Markup:
     lines: list[Markup | None] = []
     if history.state == "quarantined":
         lines.append(element("p", f"The movie is quarantined: {history.reason}"))
+    lines += [element("p", f"The last attempt stopped in {step}: {reason}") for step, reason in history.stops]
     rows = [
         (r.step, frames_text(r.start, r.stop), r.status, r.reason, " ".join(filter(None, (r.worker, r.device))))
         for r in found[-_ROWS_SHOWN:]
@@ -142,20 +144,26 @@ def timing(history: History, series: FrameSeries | None) -> Markup:
 
 
 def sources(made: Mapping[str, Any]) -> Markup:
-    """Files that the movie was read from, with their content hashes."""
+    """Files that the movie was read from, and the hash of what was in them."""
+    listed = [source for source in made.get("sources") or () if isinstance(source, Mapping)]
+    hashed = any(source.get("hash") for source in listed)
     rows = [
-        (
-            element("code", s.get("path", "")),
-            s.get("frames"),
-            _megabytes(s.get("size")),
-            element("code", s.get("hash", "")),
-        )
-        for s in made.get("sources") or ()
-        if isinstance(s, Mapping)
+        (element("code", s.get("path", "")), s.get("frames"), _megabytes(s.get("size")))
+        + ((element("code", s.get("hash", "")),) if hashed else ())
+        for s in listed[:_ROWS_SHOWN]
     ]
-    shown = rows[:_ROWS_SHOWN]
-    more = element("p", f"… and {len(rows) - _ROWS_SHOWN:,} more files.") if len(rows) > _ROWS_SHOWN else None
-    return join([element("h3", "Sources"), table(("file", "frames", "MB", "content hash"), shown), more])
+    more = element("p", f"… and {len(listed) - _ROWS_SHOWN:,} more files.") if len(listed) > _ROWS_SHOWN else None
+    facts = [
+        f"{name} {made[key]:.6g} {units}"
+        for key, name, units in (("sampling", "sampling", "Å/px"), ("energy", "energy", "keV"))
+        if isinstance(made.get(key), int | float)
+    ]
+    calibration = element("p", "; ".join(facts)) if facts else None
+    content = made.get("content_hash")
+    whole = element("p", "Content of all counts: ", element("code", content)) if content else None
+    head = ("file", "frames", "MB", *(("hash",) if hashed else ()))
+    files = table(head, rows) if rows else element("p", "No files are recorded.")
+    return join([element("h3", "Sources"), calibration, files, more, whole])
 
 
 def settings(made: Mapping[str, Any]) -> Markup:

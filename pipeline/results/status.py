@@ -58,6 +58,7 @@ class MovieStatus:
     steps: tuple[StepStatus, ...]
     remaining: float | None
     problems: tuple[BlockRecord, ...]
+    stops: tuple[tuple[str, str], ...]
     driver: Driver | None
     unreadable: int
 
@@ -88,7 +89,7 @@ def status(path: str | Path) -> FolderStatus:
 
 
 def _movie(folder: Path, name: str) -> MovieStatus:
-    history, driver = read_history(folder, name), _driver(folder / "ledger" / name / "lease.json")
+    history, driver = read_history(folder, name), _driver(folder / "ledger" / "lease.json")
     since = driver.started if driver and driver.alive else 0.0
     steps = tuple(_step(history, step, since) for step in history.steps())
     state = _state(folder / f"{name}.zarr", history, driver)
@@ -99,6 +100,7 @@ def _movie(folder: Path, name: str) -> MovieStatus:
         steps=steps,
         remaining=_remaining(steps) if state == "running" else None,
         problems=tuple(history.problems()),
+        stops=tuple(history.stops),
         driver=driver,
         unreadable=history.unreadable,
     )
@@ -124,17 +126,19 @@ def _step(history: History, step: str, since: float) -> StepStatus:
 
 
 def _state(run: Path, history: History, driver: Driver | None) -> str:
-    if driver is not None and driver.alive:
-        return "running"
-    if history.state == "quarantined":
-        return "quarantined"
+    if history.state in ("quarantined", "complete"):
+        return history.state
     try:
         stored = store.attributes_of(run)["state"] if run.exists() else None
     except ColonnadeError:
         stored = None
-    if history.state == "complete" or (history.state is None and stored == "complete"):
+    if history.state is None and stored == "complete":
         return "complete"
-    return "stopped" if history.attempts or stored else "waiting"
+    alive = driver is not None and driver.alive
+    begun = history.attempts or history.state or stored
+    if not begun:
+        return "waiting"
+    return "running" if alive else "stopped"
 
 
 def _remaining(steps: tuple[StepStatus, ...]) -> float | None:
@@ -151,10 +155,17 @@ def _remaining(steps: tuple[StepStatus, ...]) -> float | None:
 
 
 def as_text(found: FolderStatus) -> str:
-    """A few plain lines per movie."""
+    """The driver, then a few plain lines per movie."""
     count = Counter(movie.state for movie in found.movies)
     states = ", ".join(f"{number} {state}" for state, number in sorted(count.items()))
     lines = [f"{found.folder}: {len(found.movies)} movie{'' if len(found.movies) == 1 else 's'}, {states}"]
+    if (driver := found.movies[0].driver) is not None:
+        life = "alive" if driver.alive else "gone"
+        lines.append(
+            f"driver {life}: process {driver.pid} on {driver.host}, last heartbeat {duration(driver.silence)} ago"
+        )
+    if count["stopped"]:
+        lines.append("stopped movies continue where they stopped when the same command is given again")
     for movie in found.movies:
         lines += ["", *_movie_text(movie)]
     return "\n".join(lines)
@@ -163,17 +174,10 @@ def as_text(found: FolderStatus) -> str:
 def _movie_text(movie: MovieStatus) -> list[str]:
     lines = [f"{movie.name}: {movie.state}" + (f" ({movie.reason})" if movie.reason else "")]
     lines += [f"  {_step_text(step)}" for step in movie.steps]
-    if movie.driver is not None:
-        life = "alive" if movie.driver.alive else "gone"
-        silence = duration(movie.driver.silence)
-        lines.append(
-            f"  driver {life}: process {movie.driver.pid} on {movie.driver.host}, last heartbeat {silence} ago"
-        )
-    elif movie.state == "stopped":
-        lines.append("  no driver; the same command again continues where it stopped")
     if movie.remaining is not None:
         end = datetime.now(UTC) + timedelta(seconds=movie.remaining)
         lines.append(f"  about {duration(movie.remaining)} left, until {end:%Y-%m-%d %H:%M} UTC")
+    lines += [f"  stopped in {step}: {reason}" for step, reason in movie.stops[-_ERRORS_SHOWN:]]
     for record in movie.problems[-_ERRORS_SHOWN:]:
         lines.append(f"  {record.status}: {record.step}, {frames_text(record.start, record.stop)}: {record.reason}")
     if hidden := len(movie.problems) - _ERRORS_SHOWN if len(movie.problems) > _ERRORS_SHOWN else 0:

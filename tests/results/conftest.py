@@ -88,7 +88,9 @@ def write_run(path: Path, made: Tables, **attributes: Any) -> Path:
     rng = np.random.default_rng(0)
     raw = rng.poisson(8, (2, 40, 48)).astype("float32")
     images = {"raw": raw, "denoised": raw * 0 + 8, "probability": raw * 0 + 0.1}
-    store.write_examples(path, np.array([0, 3]), images, sampling=SAMPLING, origin=(1.0, 1.0))
+    store.write_examples(
+        path, np.minimum([0, 3], len(frames["time"]) - 1), images, sampling=SAMPLING, origin=(1.0, 1.0)
+    )
     return path
 
 
