@@ -214,13 +214,13 @@ def _table(found: Mapping[str, np.ndarray], probability: np.ndarray, index: int,
     origin = movie.stack.origin
     path = np.zeros(2) if movie.drift_px is None else movie.drift_px[index]
     named = species.assign_species(count, only=movie.settings.species.model)
-    empty = np.zeros(0)
+    empty, displacement = np.zeros(0), movie.settings.columns.displacement
     table = {
         "frame": np.full(count, index, dtype=np.int32),
         "y": origin[0] + (found.get("y", empty) - path[0]) * sampling,
         "x": origin[1] + (found.get("x", empty) - path[1]) * sampling,
-        "y_err": found.get("y_err", empty) * sampling,
-        "x_err": found.get("x_err", empty) * sampling,
+        "y_err": np.hypot(found.get("y_err", empty) * sampling, displacement),
+        "x_err": np.hypot(found.get("x_err", empty) * sampling, displacement),
         **{name: found.get(name, empty) for name in ("intensity", "intensity_err", "background", "significance")},
         "probability": probability,
         "species": named.name,

@@ -137,7 +137,7 @@ class Segment(Section):
         "auto", description="atoms bright or dark; auto: bright in haadf, voted by the network over the movie in hrtem"
     )
     window: Count | None = Field(512, description="edge of a window in pixels of the network; none: the whole frame")
-    halo: Count | None = Field(64, description="halo of a window on each side, in pixels of the network")
+    halo: Count | None = Field(32, description="halo of a window on each side, in pixels of the network")
 
 
 class Columns(Section):
@@ -145,13 +145,16 @@ class Columns(Section):
 
     threshold: Probability = Field(0.5, description="least probability of a column")
     min_distance: Positive = Field(1.0, description="least distance of two columns in Å")
-    min_significance: float = Field(2.0, description="least signal of a column in the counts of one frame, in sigma")
+    min_significance: float = Field(1.0, description="least signal of a column in the counts of one frame, in sigma")
     width: Positive = Field(0.5, description="standard deviation of a column's image in Å; a start if it is fitted")
     fit_width: bool = Field(True, description="fit one width per frame")
     margin: Annotated[float, Field(ge=0)] = Field(
         1.0, description="columns nearer to the edge of the view (Å) are left out"
     )
-    share: Probability = Field(0.2, description="how far a denoised position follows the noise of its own frame")
+    displacement: Annotated[float, Field(ge=0)] = Field(
+        0.015, description="Å by which the peak of a column's image lies off the column; added to its standard errors"
+    )
+    share: Probability = Field(0.3, description="how far a denoised position follows the noise of its own frame")
 
 
 class Species(Section):
