@@ -46,7 +46,7 @@ def _image(path: Path, node: Any, dataset: str | None) -> tuple[str, list[Axis],
     if scales and dataset is None:
         return _ome(path, node, scales)
     arrays = {name: item for name, item in node.members(max_depth=4) if hasattr(item, "shape") and item.ndim >= 2}
-    name = chosen(path, {name: str(item.shape) for name, item in arrays.items()}, dataset)
+    name = chosen(path, {name: str(arrays[name].shape) for name in sorted(arrays)}, dataset)
     return name, _coordinates(node, name, arrays[name]), "the coordinates beside the array"
 
 

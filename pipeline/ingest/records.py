@@ -15,6 +15,7 @@ def layout(
     dtype: np.dtype[Any], offsets: Sequence[int] | None = None, *, offset: int = 0, stride: int = 0
 ) -> dict[str, Any]:
     """Where each frame lies: a first offset and a stride, or one offset per frame [bytes]."""
+    dtype = np.dtype("u1") if dtype.kind == "b" else dtype
     if offsets is not None and len(offsets) > 0:
         steps = np.unique(np.diff(np.asarray(offsets, np.int64)))
         if len(steps) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from pipeline.ingest.formats_tvips import all_parts, part_number
 from pipeline.ingest.readers import STACK, inspect, reader_for
 from schemas.errors import SourceError
 
+# Gatan's in-situ cameras sort the frames of one recording into Hour_00/Minute_00/Second_00/…
+CLOCK_FOLDER = re.compile(r"(Hour|Minute|Second)_\d+$")
 ZARR_MARKS = ("zarr.json", ".zgroup", ".zarray")
 
 
@@ -53,7 +56,10 @@ def discover(patterns: Sequence[str | Path], *, dataset: str | None = None) -> D
 def _expand(pattern: str, ignored: dict[Path, str]) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir() and not is_zarr(path):
-        return _claim(_natural(path.iterdir()), path, ignored)
+        listing = _natural(path.iterdir())
+        if any(item.is_dir() and CLOCK_FOLDER.match(item.name) for item in listing):
+            listing = [item for item in _natural(path.rglob("*")) if item.is_file()]
+        return _claim(listing, path, ignored)
     if path.exists():
         return _claim([path], None, ignored)
     if glob.has_magic(pattern):
@@ -136,10 +142,18 @@ def _key(path: Path, dataset: str | None) -> tuple[tuple[str, ...], bool]:
     try:
         facts = inspect(path, reader.name, dataset)
     except SourceError:  # damaged: it belongs to the single frames beside it, if there are any
-        return ("folder", str(path.parent), reader.name), False
+        return ("folder", str(_recording(path)), reader.name), False
     if facts.planes == 1:
-        return ("folder", str(path.parent), reader.name), True
+        return ("folder", str(_recording(path)), reader.name), True
     return ("file", str(path), reader.name), False
+
+
+def _recording(path: Path) -> Path:
+    """The folder whose single frames form one movie."""
+    folder = path.parent
+    while CLOCK_FOLDER.match(folder.name):
+        folder = folder.parent
+    return folder
 
 
 def _name(key: tuple[str, ...], paths: tuple[Path, ...], alone: bool) -> str:
@@ -147,7 +161,7 @@ def _name(key: tuple[str, ...], paths: tuple[Path, ...], alone: bool) -> str:
         return Path(key[1]).name or paths[0].stem
     if len(paths) == 1:
         return paths[0].stem
-    folder = paths[0].resolve().parent.name or "movie"
+    folder = _recording(paths[0].resolve()).name or "movie"
     return folder if alone else f"{folder}_{key[2]}"
 
 

@@ -25,9 +25,11 @@ def movie(frames: int = 7, size: tuple[int, int] = (12, 20), dtype: str = "uint1
 
 def dm4(path: Path, data: np.ndarray, axes: list[tuple[float, str]], tags: dict[str, Any] | None = None) -> Path:
     """A DM4 file; `axes` holds (scale, unit) of the axes of data from first to last. Pixels come before their shape."""
-    dimension = {str(i): {"Scale": float(scale), "Units": unit} for i, (scale, unit) in enumerate(reversed(axes))}
+    dimension = {
+        str(i): {"Origin": 0.0, "Scale": float(scale), "Units": unit} for i, (scale, unit) in enumerate(reversed(axes))
+    }
     image = {
-        "Calibrations": {"Brightness": {"Scale": 1.0, "Units": ""}, "Dimension": dimension},
+        "Calibrations": {"Brightness": {"Origin": 0.0, "Scale": 1.0, "Units": ""}, "Dimension": dimension},
         "Data": data,
         "DataType": DM_TYPES[data.dtype.name],
         "Dimensions": {str(i): int(n) for i, n in enumerate(reversed(data.shape))},

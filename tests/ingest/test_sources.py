@@ -345,3 +345,25 @@ def test_description_is_json(write: SimpleNamespace, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", write.movie(6))
     described = focal(tmp_path / "a.npy", frame_interval=0.5, defocus=[0.0, 10.0])
     assert Description.from_dict(json.loads(json.dumps(described.to_dict()))) == described
+
+
+def test_frames_sorted_by_the_clock_into_folders(write: SimpleNamespace, tmp_path: Path) -> None:
+    data = write.movie(6)
+    top = tmp_path / "insitu_7"
+    for i, frame in enumerate(data):
+        folder = top / "Hour_00" / "Minute_00" / f"Second_{i // 2:02d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"insitu_7_Hour_00_Minute_00_Second_{i // 2:02d}_Frame_{i % 2:04d}.dm4"
+        write.dm4(
+            folder / name, frame, [(0.2, "Å"), (0.2, "Å")], {"DataBar": {"Acquisition Time (OS)": 1.3e17 + i * 5e6}}
+        )
+    (top / "insitu_7.log").write_text("")
+    found = discover([top])
+    assert found == Discovery(found.movies, ((top / "insitu_7.log", "no reader for .log"),))
+    assert discover([str(top / "**" / "*.dm4")]).movies == found.movies
+    (files,) = found.movies
+    assert (files.name, len(files.paths)) == ("insitu_7", 6)
+    described = describe(files, SourceOverrides())
+    np.testing.assert_array_equal(read_frames(described, 0, 6), data)
+    np.testing.assert_allclose(described.time, 0.5 * np.arange(6), atol=1e-4)
+    np.testing.assert_array_equal(read_frames(described, 3, 5), data[3:5])
