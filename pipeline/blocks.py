@@ -160,7 +160,6 @@ def process(task: Task) -> Mapping[str, Any]:
     clock, movie = Clock(), open_movie(task)
     settings = task.settings
     images = inference.infer(movie, range(task.start, task.stop), clock)
-    meta = {"fingerprint": dict(task.keys)["process"]}
     tables = [_columns_of_frame(movie, images, row, clock) for row in range(task.stop - task.start)]
     rows = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
     frames = _frame_rows(movie, images, [len(table["y"]) for table in tables])
@@ -174,6 +173,8 @@ def process(task: Task) -> Mapping[str, Any]:
             stored = images.denoised if name == "denoised" else images.probability
             if stored is not None:
                 store.write_image(Path(task.run), name, task.start, stored)
+        # A driver that died before it noted the block learns the number of rows from the part.
+        meta = {"fingerprint": dict(task.keys)["process"], "rows": len(rows["y"]), "device": images.device}
         write_part(task.part("process"), _prefixed(frames, rows), meta)
     return record(clock, rows=len(rows["y"]), device=images.device)
 

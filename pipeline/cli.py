@@ -43,9 +43,8 @@ SourcesArgument = Annotated[list[str], typer.Argument(help="a job file (.yaml), 
 def main() -> None:
     """Entry point: errors that a user can mend are printed without a trace."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
+        # Outside of its standalone mode click returns the code of an Exit instead of raising it.
+        sys.exit(app(standalone_mode=False) or DONE)
     except ColonnadeError as error:
         console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
         console.print(str(error), markup=False, highlight=False)
