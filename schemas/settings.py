@@ -117,7 +117,7 @@ class Denoise(Section):
     batch: Count = Field(6, description="crops per training step")
     learning_rate: Positive = Field(3e-3, description="largest learning rate of Adam")
     max_gap: Positive = Field(2.5, description="a longer gap, in median frame intervals, parts neighbours")
-    tile: Count | None = Field(1024, description="edge in pixels of a tile of inference; none: the whole frame")
+    tile: Count | None = Field(384, description="edge in pixels of a tile of inference; none: the whole frame")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="number format of the network; auto: bfloat16 where the processor has it"
     )
@@ -136,7 +136,7 @@ class Segment(Section):
     contrast: Literal["auto", "bright", "dark"] = Field(
         "auto", description="atoms bright or dark; auto: bright in haadf, voted by the network over the movie in hrtem"
     )
-    window: Count | None = Field(512, description="edge of a window in pixels of the network; none: the whole frame")
+    window: Count | None = Field(384, description="edge of a window in pixels of the network; none: the whole frame")
     halo: Count | None = Field(32, description="halo of a window on each side, in pixels of the network")
 
 
