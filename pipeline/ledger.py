@@ -143,6 +143,9 @@ class Ledger:
             key = (record["step"], record["start"], record["stop"])
             self._known[key] = (record["fingerprint"], record["status"], record.get("reason", ""))
             self._rows[key] = int(record.get("rows", 0))
+        elif record["kind"] == "redo":
+            for key in [key for key in self._known if key[0] in record["steps"]]:
+                del self._known[key]
         elif record["kind"] == "deps":
             self._deps[record["step"]] = (record["fingerprint"], record["deps"])
 

@@ -5,15 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shutil
 import uuid
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from schemas.errors import SchemaError
+
 _META = "__meta__"
+_ORPHAN = re.compile(r"\.[0-9a-f]{32}\.partial$")  # ours and Zarr's temporary names
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 def part_path(folder: Path, step: str, start: int, stop: int, fingerprint: str) -> Path:
@@ -47,10 +54,17 @@ def write_part(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, 
 
 
 def read_part(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and record of a part; the archive's CRCs are checked on the way."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files if name != _META}
-        meta: dict[str, Any] = json.loads(bytes(file[_META]))
+    """Arrays and record of a part; the archive's CRCs are checked on the way. A damaged one is a ``SchemaError``."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files if name != _META}
+            meta: dict[str, Any] = json.loads(bytes(file[_META]))
+    except FileNotFoundError:
+        raise
+    except _DAMAGE as error:
+        raise SchemaError(
+            f"{path} is damaged ({type(error).__name__}: {error}); remove it and run again; only its frames are redone"
+        ) from None
     return arrays, meta
 
 
@@ -60,13 +74,19 @@ def read_meta(path: Path) -> dict[str, Any] | None:
         with np.load(path, allow_pickle=False) as file:
             meta: dict[str, Any] = json.loads(bytes(file[_META]))
             return meta
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except _DAMAGE:
         return None
 
 
-def sweep(folder: Path) -> int:
-    """Remove what writers that were killed left behind; call only while no writer is alive. Returns how many."""
-    orphans = [path for path in folder.rglob("*.partial") if path.is_file()]
-    for path in orphans:
-        path.unlink(missing_ok=True)
-    return len(orphans)
+def sweep(folders: Iterable[Path]) -> int:
+    """Remove what writers that were killed left behind; call only while no writer is alive. Returns how many.
+
+    Only names that carry a writer's random mark are removed: a user may have partial files of his own.
+    """
+    found = [path for folder in folders for path in folder.rglob("*.partial") if _ORPHAN.search(path.name)]
+    for path in found:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return len(found)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import xarray as xr
 import zarr
 
 from schemas.conventions import ANGSTROM, DIMENSIONLESS, SCHEMA_VERSION, SECOND
-from schemas.errors import SchemaError
+from schemas.errors import SchemaError, SettingsError, SourceError
 from schemas.variables import Schema, Variable
 
 Array = zarr.Array[Any]
@@ -33,6 +34,7 @@ COMPRESSORS: tuple[dict[str, Any], ...] = (
 ROWS_PER_CHUNK = 2**16
 ROWS_PER_SHARD = 2**20
 FRAMES_PER_SHARD = 2**16
+REMEDY = "the stack is damaged: remove it and ingest its source again"
 SMALL_CHUNK = 2**16  # pixels: chunks of several frames where frames are smaller than this
 LARGE_CHUNK = 1024  # pixels along y and x
 
@@ -96,9 +98,8 @@ def _write_region(array: Array, path: Path, start: int, values: np.ndarray) -> N
         for file in sorted((path / "c" / str(shard)).rglob("*")) if array.ndim > 1 else [path / "c" / str(shard)]:
             if file.is_file():
                 file.unlink()
-    with zarr.config.set({"array.write_empty_chunks": True}):
-        # The array was opened before the setting; a view with the runtime configuration writes all-zero shards too.
-        array.with_config({"write_empty_chunks": True})[start:stop] = values
+    # An all-zero shard is stored too: a missing one then always means that something was lost.
+    array.with_config({"write_empty_chunks": True})[start:stop] = values
 
 
 # ---------------------------------------------------------------------------------------------------------- stacks
@@ -178,8 +179,9 @@ def create_stack(
     ``sampling`` [Å/px]; ``origin`` is the position (y, x) [Å] of the first pixel's centre on the detector;
     ``time`` (time,) [s]; ``defocus`` [Å]. The state stays "running" until ``finish_stack``.
     """
-    if path.exists():
-        shutil.rmtree(path)
+    require_replaceable(path, "stack")
+    # Built beside its place and renamed, so that whatever lies under ``path`` is a whole store that says what it is.
+    target, path = path, path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     dims = ("time", "y", "x") if defocus is None else ("time", "defocus", "y", "x")
     group = zarr.create_group(str(path), zarr_format=3)
     counts = Variable("counts", dims, str(np.dtype(dtype)), "counts", "counts as the detector wrote them", 0)
@@ -202,10 +204,29 @@ def create_stack(
     interval = float(time[1] - time[0]) if len(time) > 1 else 1.0
     middle = () if defocus is None else (1.0,)
     ome = _ome_metadata(
-        path.stem, dims, [("counts", (interval, *middle, sampling, sampling), (0.0, *(0.0 for _ in middle), *origin))]
+        target.stem, dims, [("counts", (interval, *middle, sampling, sampling), (0.0, *(0.0 for _ in middle), *origin))]
     )
     state = {"kind": "stack", "schema_version": SCHEMA_VERSION, "state": "running", **attributes}
     group.attrs.update({"ome": ome, "colonnade": _json(state)})
+    remove(target)
+    path.rename(target)
+
+
+def require_replaceable(path: Path, kind: str) -> None:
+    """Refuse to write where something lies that is not a stack (or run) of ours, such as the user's own data."""
+    if path.exists() and (found := kind_of(path)) != kind:
+        raise SettingsError(
+            f"{path} exists and is {f'a {found}' if found else 'no store of ours'}; a {kind} would be written there: "
+            "choose another folder or name, or move it away"
+        )
+
+
+def remove(path: Path) -> None:
+    """Remove a store at once, as far as any reader can tell: a store half removed would read as zeros."""
+    if path.exists():
+        trash = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        path.rename(trash)
+        shutil.rmtree(trash)
 
 
 def _frame_ok() -> Variable:
@@ -250,8 +271,18 @@ class Stack:
 
     def read(self, start: int, stop: int, *, plane: int = 0) -> np.ndarray:
         """Frames [start, stop) as (time, y, x) in the detector's dtype."""
-        rows = self.counts[start:stop] if self.defocus is None else self.counts[start:stop, plane]
-        return np.asarray(rows)
+        size = (self.counts.shards or self.counts.chunks)[0]
+        for shard in range(start // size, math.ceil(stop / size)):
+            file = self.path / "counts" / "/".join(["c", str(shard), *("0" for _ in self.counts.shape[1:])])
+            # Zarr would read what is missing (purged, lost in a power cut) as zeros.
+            if not file.is_file() or not file.stat().st_size:
+                raise SourceError(f"{file} is missing or empty, though {self.path} is complete; {REMEDY}")
+        try:
+            return np.asarray(self.counts[start:stop] if self.defocus is None else self.counts[start:stop, plane])
+        except (ValueError, RuntimeError, OSError) as error:
+            raise SourceError(
+                f"{self.path}: frames {start} to {stop - 1} cannot be read ({type(error).__name__}: {error}); {REMEDY}"
+            ) from None
 
     def read_frames(self, indices: Sequence[int], *, plane: int = 0) -> np.ndarray:
         """Frames of any indices as (time, y, x)."""
@@ -275,7 +306,7 @@ def attributes_of(path: Path) -> dict[str, Any]:
             f"{path} is not a stack or run of Colonnade; expected a folder that ingest or run has written"
         )
     state = cast(dict[str, Any], _open_group(path, "r").attrs["colonnade"])
-    if int(state["schema_version"]) > SCHEMA_VERSION:
+    if int(state.get("schema_version", 0)) > SCHEMA_VERSION:
         raise SchemaError(
             f"{path} has schema_version {state['schema_version']}; this version reads up to {SCHEMA_VERSION}: "
             "upgrade colonnade to open it"
@@ -316,10 +347,13 @@ def open_tree(path: Path) -> xr.DataTree:
 
 def create_run(path: Path, attributes: Mapping[str, Any]) -> None:
     """Create a run, or put an existing one back to state "running" with new attributes; arrays stay."""
-    group = zarr.open_group(str(path), mode="a", zarr_format=3, use_consolidated=False)
-    group.attrs["colonnade"] = _json(
-        {"kind": "run", "schema_version": SCHEMA_VERSION, "state": "running", **attributes}
-    )
+    state = _json({"kind": "run", "schema_version": SCHEMA_VERSION, "state": "running", **attributes})
+    if path.exists() and any(entry.suffix != ".partial" for entry in path.iterdir()):
+        require_replaceable(path, "run")
+        attributes_of(path)
+        _open_group(path, "r+").attrs["colonnade"] = state
+    else:
+        zarr.create_group(str(path), zarr_format=3, attributes={"colonnade": state})
 
 
 def update_run(path: Path, attributes: Mapping[str, Any]) -> None:
@@ -370,7 +404,13 @@ def write_rows(path: Path, schema: Schema, start: int, values: Mapping[str, np.n
 
 def pyramid_levels(height: int, width: int) -> int:
     """Levels of an image pyramid whose coarsest level fits into about 256 pixels."""
-    return 1 + max(0, math.ceil(math.log2(max(height, width) / 256))) if max(height, width) > 256 else 1
+    halvings = max(0, math.ceil(math.log2(max(height, width) / 256)))
+    return 1 + min(halvings, int(math.log2(min(height, width))))
+
+
+def remove_images(path: Path) -> None:
+    """Remove ``/images`` of a run, if there are any."""
+    remove(path / "images")
 
 
 def create_image(

@@ -7,7 +7,6 @@ import importlib.metadata
 import logging
 import math
 import platform
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -124,7 +123,7 @@ def run(
     engine = Engine(job.output, client, device, stop or threading.Event(), progress or Silent())
     with Lease(job.output / "ledger") as lease:
         engine.lease = lease
-        sweep(job.output)
+        sweep(job.output / name for name in ("ledger", "parts", "stacks", *(f"{movie.name}.zarr" for movie in movies)))
         return list(_side_by_side(engine, movies, redo))
 
 
@@ -272,11 +271,12 @@ class Story:
         plan.require_memory(predicted, available)
 
     def _forget(self, steps: Sequence[str]) -> None:
-        """Remove the parts of steps that the user wants computed again."""
+        """Remove the parts of steps that must be computed again; the ledger forgets them first."""
+        self.ledger.add("redo", steps=list(steps))
+        self.ledger.flush()
         for step in steps:
             for part in self.parts.glob(f"{step}-*"):
                 part.unlink()
-        self.ledger.add("redo", steps=list(steps))
 
     def _note_dependencies(self, step: str) -> None:
         last = self.ledger.last_deps(step)
@@ -312,14 +312,18 @@ class Story:
             self._write_tables(of_frames, of_columns, sum(rows))
         dropped = frames - int((read_meta(self._global_part("drift")) or {}).get("good", frames))
         if not self.movie.settings.stacks.keep and self.movie.files.reader != "stack":
-            shutil.rmtree(self.stack.path)
+            store.remove(self.stack.path)
         return Outcome(self.movie.name, "complete", self.path, frames, sum(rows), dropped)
 
     def _write_tables(self, of_frames: Sequence[Piece], of_columns: Sequence[Piece], columns: int) -> None:
+        # From here until the end the tables are not those of any fingerprint: no older record may vouch for them.
+        frames = self.stack.shape[0]
+        self._done("collect", 0, frames, {"status": "running"})
+        self.ledger.flush()
         classes = blocks.classes_of(self.task)
         known: dict[str, Any] = {"time": self.stack.time, "species_class": list(classes)}
         sizes = {"species_class": len(classes)}
-        store.create_table(self.path, FRAMES, self.stack.shape[0], sizes=sizes, coordinates=known)
+        store.create_table(self.path, FRAMES, frames, sizes=sizes, coordinates=known)
         store.create_table(self.path, COLUMNS, columns, sizes={}, coordinates={})
         shards = collect.shards(self.task, COLUMNS, of_columns) + collect.shards(self.task, FRAMES, of_frames)
         name, seconds = self.movie.name, 0.0
@@ -333,7 +337,7 @@ class Story:
         )  # fmt: skip
         self.engine.progress.advance(name, "collect", 1)
         store.update_run(self.path, self.attributes("complete"))
-        self._done("collect", 0, self.stack.shape[0], {"seconds": {"collect": round(seconds, 4)}})
+        self._done("collect", 0, frames, {"seconds": {"collect": round(seconds, 4)}})
 
     def _is_complete(self) -> bool:
         return store.kind_of(self.path) == "run" and self._tables_exist()
@@ -385,7 +389,7 @@ class Story:
 
     def _done(self, step: str, start: int, stop: int, result: Mapping[str, Any]) -> None:
         facts = {"step": step, "start": start, "stop": stop, "fingerprint": self.keys[step], "status": "done"}
-        self.ledger.add("block", **facts, **result)
+        self.ledger.add("block", **{**facts, **result})
 
     def _rows(self, start: int, stop: int) -> int:
         return self.ledger.rows("process", start, stop)
@@ -397,7 +401,13 @@ class Story:
         """Create the arrays of images to keep, unless those of this very computation are there already."""
         wanted = self.movie.settings.images.save
         marker = part_path(self.parts, "images", 0, self.settings.blocks.frames or 1, self.keys["process"])
-        if not wanted or (marker.exists() and (self.path / "images").exists()):
+        if bool(wanted) == (self.path / "images").exists() and (marker.exists() or not wanted):
+            return
+        # There is one set of images, so markers of other settings vouch for nothing any more.
+        for old in self.parts.glob("images-*"):
+            old.unlink()
+        store.remove_images(self.path)
+        if not wanted:
             return
         self._forget(("process",))
         for name in wanted:
