@@ -181,7 +181,7 @@ def process(task: Task) -> Mapping[str, Any]:
 
 def classes_of(task: Task) -> tuple[str, ...]:
     """Names along ``species_class``."""
-    return species.assign_species(0, only=task.settings.species.model).classes
+    return species.assign_species(0, only=task.settings.species.only).classes
 
 
 def _prefixed(frames: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -214,7 +214,7 @@ def _table(found: Mapping[str, np.ndarray], probability: np.ndarray, index: int,
     sampling, count = movie.stack.sampling, len(probability)
     origin = movie.stack.origin
     path = np.zeros(2) if movie.drift_px is None else movie.drift_px[index]
-    named = species.assign_species(count, only=movie.settings.species.model)
+    named = species.assign_species(count, only=movie.settings.species.only)
     empty, displacement = np.zeros(0), movie.settings.columns.displacement
     table = {
         "frame": np.full(count, index, dtype=np.int32),

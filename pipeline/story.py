@@ -255,6 +255,7 @@ class Story:
             tuple(self.keys.items()), engine.device,
         )  # fmt: skip
         self._require_memory(size)
+        self._require_plane()
         if redo is not None:
             self._forget(plan.from_step(redo))
         totals = {step: sum(1 for _ in plan.step_blocks(step, stack.shape[0], size)) for step in TASKS}
@@ -269,6 +270,12 @@ class Story:
         itemsize, halo = self.stack.counts.dtype.itemsize, plan.denoiser_halo(self.settings)
         predicted = plan.predict_memory(self.settings, self.stack.shape, itemsize, size, halo)
         plan.require_memory(predicted, available)
+
+    def _require_plane(self) -> None:
+        planes, plane = self.stack.defocus, self.settings.source.defocus_plane
+        if plane >= (1 if planes is None else len(planes)):
+            count = "is no focal series" if planes is None else f"has {len(planes)} planes, counted from 0"
+            raise SourceError(f"source.defocus_plane is {plane}, but {self.movie.name} {count}")
 
     def _forget(self, steps: Sequence[str]) -> None:
         """Remove the parts of steps that must be computed again; the ledger forgets them first."""
@@ -443,18 +450,24 @@ class Story:
                         "good_frames": found["drift"].get("good"), "polarity": found["vote"].get("polarity")},
             "plan": {"fingerprints": self.keys, "block_frames": self.settings.blocks.frames,
                      "blocks": math.ceil(self.stack.shape[0] / (self.settings.blocks.frames or 1))},
-            "notes": [*source.get("notes", []), *_notes(found, self.stack.sampling)],
+            "notes": [*source.get("notes", []), *_notes(found, self.stack, self.settings)],
         }  # fmt: skip
 
 
-def _notes(found: Mapping[str, Mapping[str, Any]], sampling: float) -> list[str]:
+def _notes(found: Mapping[str, Mapping[str, Any]], stack: store.Stack, settings: Settings) -> list[str]:
     """What a reader of the results should know before trusting them."""
     notes = []
     noise = found["calibrate"].get("noise")
     if noise is not None and not noise["calibrated"]:
         notes.append("counts are not calibrated: electrons are effective ones fitted to the noise; dose is left out")
     if found["vote"].get("usable") is False:
-        notes.append(f"no columns were looked for: {sampling:g} Å/px is outside of what the network resolves")
+        notes.append(f"no columns were looked for: {stack.sampling:g} Å/px is outside of what the network resolves")
+    if stack.defocus is not None:
+        plane = settings.source.defocus_plane
+        notes.append(f"focal series: plane {plane} ({stack.defocus[plane]:g} Å) was processed (source.defocus_plane)")
+    adapted = found["adapt"].get("training") or {}
+    if adapted.get("kept") == "initial":
+        notes.append("adapting the denoiser to this movie did not help; the pretrained weights were used")
     return notes
 
 

@@ -157,10 +157,19 @@ class Columns(Section):
     share: Probability = Field(0.3, description="how far a denoised position follows the noise of its own frame")
 
 
+def _no_species_model(model: str | None) -> str | None:
+    if model is not None:
+        raise ValueError(f"no species model {model!r}: none exists yet; leave it out, or set species.only")
+    return model
+
+
 class Species(Section):
     """What the columns are made of."""
 
-    model: str | None = Field(None, description="name of a species model; none: every column is 'unknown'")
+    model: Annotated[str | None, AfterValidator(_no_species_model)] = Field(
+        None, description="name of a species model; none: every column is 'unknown', or what `only` says"
+    )
+    only: str | None = Field(None, description="the one species that the movie holds, given to every column")
 
 
 class Images(Section):
