@@ -32,7 +32,7 @@ class Example(NamedTuple):
 
 def random_spec(rng: np.random.Generator, *, edge: int, sampling: float) -> MovieSpec:
     """Any specimen and microscope. The sampling varies by a quarter, though the network is told it is `sampling`."""
-    family = rng.choice(["particle", "sheet", "nothing"], p=[0.5, 0.36, 0.14])
+    family = rng.choice(["particle", "sheet", "nothing"], p=[0.55, 0.29, 0.16])
     common: dict[str, Any] = {
         "shape": (edge, edge),
         "frames": 1,
@@ -42,7 +42,9 @@ def random_spec(rng: np.random.Generator, *, edge: int, sampling: float) -> Movi
         "min_atoms": 2 if family == "particle" else 1,
         "focal_spread": float(rng.uniform(10, 40)),
         "angular_spread": float(rng.uniform(0.1, 0.5)),
-        "spherical": float(rng.choice([-1, -1, 1]) * 10 ** rng.uniform(3.7, 5.1)),
+        "spherical": float(
+            rng.choice([-5e4 * rng.uniform(0.6, 1.6), rng.choice([-1, 1]) * 10 ** rng.uniform(3.7, 5.1)])
+        ),
         "probe": float(rng.uniform(0.7, 1.3)),
         "carbon": float(rng.choice([0.0, rng.uniform(3, 12)], p=[0.15, 0.85])),
         "carbon_cover": float(rng.uniform(0.3, 1.2)),
@@ -50,29 +52,29 @@ def random_spec(rng: np.random.Generator, *, edge: int, sampling: float) -> Movi
     if rng.random() < 0.3:
         common["mtf"] = (1.0, 0.0, float(rng.uniform(0.25, 0.5)), 2.5)
     if family == "sheet":
-        kind = str(rng.choice(["graphene", "mos2", "wse2", "hbn"], p=[0.4, 0.3, 0.2, 0.1]))
+        kind = str(rng.choice(["graphene", "mos2", "wse2", "hbn"], p=[0.45, 0.3, 0.15, 0.1]))
         return MovieSpec(
             **common,
             kind=kind,
             mode=str(rng.choice(["hrtem", "haadf"], p=[0.7, 0.3])),
-            energy=float(rng.choice([60.0, 80.0, 200.0, 300.0])),
+            energy=float(rng.choice([60.0, 80.0, 200.0, 300.0], p=[0.25, 0.45, 0.15, 0.15])),
             vacancies=float(rng.choice([0.0, 0.02, 0.08])),
             dopants=float(rng.choice([0.0, 0.005, 0.02])),
             hole=float(rng.choice([0.0, rng.uniform(3, 12)])),
         )
     if family == "nothing":
-        return MovieSpec(**common, kind=str(rng.choice(["carbon", "vacuum"])), energy=300.0)
-    particles = int(rng.choice([1, 1, 2, 3]))
+        return MovieSpec(**common, kind=str(rng.choice(["carbon", "vacuum"], p=[0.65, 0.35])), energy=300.0)
+    particles = int(rng.choice([1, 1, 1, 2, 3]))
     return MovieSpec(
         **common,
         kind="nanoparticle",
-        mode=str(rng.choice(["hrtem", "haadf"], p=[0.82, 0.18])),
-        energy=float(rng.choice([80.0, 200.0, 300.0], p=[0.15, 0.25, 0.6])),
-        element=str(rng.choice(["Au", "Pt", "Ag", "Pd", "Cu", "Ni"], p=[0.45, 0.2, 0.1, 0.1, 0.1, 0.05])),
+        mode=str(rng.choice(["hrtem", "haadf"], p=[0.87, 0.13])),
+        energy=float(rng.choice([80.0, 200.0, 300.0], p=[0.1, 0.2, 0.7])),
+        element=str(rng.choice(["Au", "Pt", "Ag", "Pd", "Cu", "Ni"], p=[0.55, 0.15, 0.1, 0.1, 0.05, 0.05])),
         zone=str(rng.choice(["110", "100", "111"], p=[0.45, 0.3, 0.25])),
         tilt=float(rng.uniform(0, 0.9)),
         particles=particles,
-        radius=float(rng.uniform(6, 17 if particles == 1 else 11)),
+        radius=float(rng.uniform(7, 18 if particles == 1 else 11)),
     )
 
 
@@ -89,28 +91,29 @@ def examples_of(spec: MovieSpec, rng: np.random.Generator, *, sampling: float, v
         return [labelled(clean, truth, 1 if len(truth) else 0, sampling=sampling, spec=spec)]
     wave = camera.wave(0, scene.drift[0])
     found = []
-    for defocus in rng.permutation(DEFOCI) if len(truth) else rng.choice(DEFOCI, views, replace=False):
+    for defocus in (DEFOCI if len(truth) else rng.choice(DEFOCI, views, replace=False)) + rng.uniform(-10, 10):
         clean = camera.on_detector(camera.with_ctf(wave, float(defocus)))
-        sign, share = polarity_of(clean, truth, spec)
+        sign, _ = polarity_of(clean, truth, spec)
         if sign or not len(truth):
-            found.append((_clarity(clean, truth, spec) * share**4, sign, clean))
+            found.append((_clarity(clean, truth, spec), sign, clean))
     found.sort(key=lambda item: -item[0])
     chosen = [next((item for item in found if item[1] == sign), None) for sign in (1, -1)]
-    good = [item for item in found if item[0] > 0.35 * found[0][0]]
+    good = [item for item in found if item[0] > 0.3 * found[0][0]]
     chosen += [good[int(rng.integers(len(good)))]] if good else []
     if not len(truth):
         chosen = list(found)
     best = found[0][0] if found else 0.0
-    kept = [item for item in chosen if item is not None and item[0] >= 0.25 * best][:views]
+    kept = [item for item in chosen if item is not None and item[0] >= 0.2 * best][:views]
     return [labelled(clean, truth, sign, sampling=sampling, spec=spec) for _, sign, clean in kept]
 
 
 def _clarity(clean: np.ndarray, truth: np.ndarray, spec: MovieSpec) -> float:
-    """Mean contrast of the columns over its spread: how plainly they show."""
+    """How plainly the visible columns show: merit of their contrast, as the simulator finds its defocus."""
+    truth = truth[truth["visible"]]
     if not len(truth):
         return 1.0
-    values = np.abs(imaging.column_contrast(clean, truth["y"], truth["x"], 1.2 / spec.sampling))
-    return float(values.mean() / (values.std() + 0.2 * values.mean() + 1e-6) * np.sqrt(values.mean()))
+    values = imaging.column_contrast(clean, truth["y"], truth["x"], 1.2 / spec.sampling)
+    return max(imaging.merit(values), imaging.merit(-values))
 
 
 def labelled(clean: np.ndarray, truth: np.ndarray, polarity: int, *, sampling: float, spec: MovieSpec) -> Example:
@@ -118,7 +121,7 @@ def labelled(clean: np.ndarray, truth: np.ndarray, polarity: int, *, sampling: f
     sure = truth["visible"].copy()
     if polarity and len(truth):
         values = polarity * imaging.column_contrast(clean, truth["y"], truth["x"], 1.2 / spec.sampling)
-        sure &= values > 0.1 * np.median(values[sure]) if sure.any() else sure
+        sure &= values > 0
     shape = clean.shape
     distance = nearest(shape, truth["y"], truth["x"])
     yes = np.exp(-0.5 * (nearest(shape, truth["y"][sure], truth["x"][sure]) * sampling / LABEL_WIDTH) ** 2)
@@ -152,7 +155,7 @@ def degrade(image: np.ndarray, rng: np.random.Generator, *, mode: str) -> np.nda
     image = np.maximum(image, 0.0) ** rng.uniform(0.8, 1.25)
     if mode == "haadf" and rng.random() < 0.4:
         image = _scanned(image, rng)
-    image = gaussian_filter(image, rng.uniform(0.0, 1.6)) if rng.random() < 0.7 else image
+    image = gaussian_filter(image, rng.uniform(0.0, 1.2)) if rng.random() < 0.6 else image
     level = np.sqrt(np.maximum(image, 0.02))
     strength = 10 ** rng.uniform(-2.7, -0.92)
     noise = np.zeros_like(image)

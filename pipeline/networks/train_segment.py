@@ -41,7 +41,7 @@ class Training:
 # What the shipped weights were trained with.
 SHIPPED = Training(
     seed=20,
-    scenes=900,
+    scenes=1100,
     steps=2600,
     batch=8,
     sampling=0.2,
@@ -123,7 +123,7 @@ def _schedule(share: float) -> float:
 def _sample(example: Example, rng: np.random.Generator, training: Training) -> tuple[Tensor, Tensor, Tensor]:
     """Input (1, y, x), targets (2, y, x) and weights (2, y, x) of one random crop of one degraded image."""
     degraded = degrade(example.image, rng, mode=example.mode)
-    prepared = network_input(degraded, sampling=training.sampling, gain=float(10 ** rng.uniform(-0.3, 0.6)))
+    prepared = network_input(degraded, sampling=training.sampling, gain=float(10 ** rng.uniform(-0.25, 0.5)))
     room = training.edge - training.crop + 1
     top, left = (int(v) for v in rng.integers(0, room, 2))
     part = (slice(top, top + training.crop), slice(left, left + training.crop))
@@ -135,7 +135,7 @@ def _sample(example: Example, rng: np.random.Generator, training: Training) -> t
     crystal = torch.from_numpy(example.crystal[part].astype(np.float32))
     polarity = crystal * right + (1 - crystal) * 0.5
     targets = torch.stack([target, polarity])
-    weights = torch.stack([known * right * (1 + 2 * target), 0.15 + 0.15 * crystal])
+    weights = torch.stack([known * right * (1 + target), 0.15 + 0.15 * crystal])
     return _turned(prepared[part][None] * shown, targets, weights, rng)
 
 
@@ -155,6 +155,6 @@ def _loss(logits: Tensor, targets: Tensor, weights: Tensor, border: int) -> Tens
         (loss * weights[inner])
         .sum(dim=(0, 2, 3))
         .div(weights[inner].sum(dim=(0, 2, 3)) + 1)
-        .mul(loss.new_tensor([1.0, 0.25]))
+        .mul(loss.new_tensor([1.0, 0.35]))
         .sum()
     )

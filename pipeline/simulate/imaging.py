@@ -84,6 +84,11 @@ def haadf(positions: np.ndarray, numbers: np.ndarray, *, gpts: int, sampling: fl
     return np.asarray(image / image.mean(), dtype=np.float32)
 
 
+def merit(contrast: np.ndarray) -> float:
+    """How plainly columns of a contrast (column,) show as bright: strong, even, and hardly any faint or reversed."""
+    return float(contrast.mean() - contrast.std() + np.quantile(contrast, 0.05))
+
+
 def column_contrast(image: np.ndarray, y: np.ndarray, x: np.ndarray, radius: float) -> np.ndarray:
     """Contrast (column,) of an image (y, x) at columns [px]: value there minus the mean on a circle of `radius`."""
     angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)

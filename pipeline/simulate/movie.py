@@ -131,11 +131,11 @@ class Camera:
         wave = self.wave(0, self.scene.drift[0])
         sign = 1 if spec.contrast == "bright" else -1
         y, x = truth["y"] + self.corner[0], truth["x"] + self.corner[1]
-        merit = []
+        merits = []
         for defocus in DEFOCI:
             values = sign * imaging.column_contrast(self.with_ctf(wave, defocus), y, x, 1.2 / spec.sampling)
-            merit.append(values.mean() - values.std() + np.quantile(values, 0.05))
-        return float(DEFOCI[int(np.argmax(merit))])
+            merits.append(imaging.merit(values))
+        return float(DEFOCI[int(np.argmax(merits))])
 
     def _placed(self, frame: int, drift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         points, numbers, _ = self.scene.atoms(frame)
