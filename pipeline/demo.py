@@ -12,9 +12,9 @@ from cluster import connect
 from pipeline.progress import display
 from pipeline.results.evaluate import as_table, evaluate, truth_of
 from pipeline.results.report import report
-from pipeline.story import run
 from pipeline.simulate.files import write_movie
 from pipeline.simulate.movie import MovieSpec, simulate_movie
+from pipeline.story import run
 from schemas.jobfile import validate
 from schemas.profiles import load_profile
 

@@ -17,10 +17,10 @@ from rich.table import Table
 from pipeline import plan, store
 from pipeline.ingest.describe import Description, describe
 from pipeline.ingest.to_stack import Cut, binned_dtype, is_current, plan_cut, source_key, write_stack
+from pipeline.job import PlannedMovie, Progress, movies_of, overrides_of
 from pipeline.ledger import Ledger
 from pipeline.networks.weights import load_weights
 from pipeline.prepare import PRETRAINED
-from pipeline.story import PlannedMovie, Progress, movies_of, overrides_of
 from pipeline.steps import denoise, segment
 from schemas.errors import ColonnadeError, ResourceError, SettingsError
 from schemas.settings import Job, Settings

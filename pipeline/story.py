@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import logging
-import math
-import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from distributed import Client
 
 from pipeline import blocks, collect, graph, plan, store
 from pipeline.collect import Piece
 from pipeline.graph import Stopped
-from pipeline.ingest.describe import Description, SourceOverrides, describe
-from pipeline.ingest.sources import MovieFiles, discover
+from pipeline.ingest.describe import Description, describe
 from pipeline.ingest.to_stack import write_stack
+from pipeline.job import Engine, Outcome, PlannedMovie, Progress, Silent, movies_of, overrides_of
 from pipeline.ledger import Lease, Ledger
 from pipeline.movie import Task
 from pipeline.parts import part_path, read_meta, sweep
+from pipeline.provenance import describe_run
 from schemas.columns import COLUMNS
-from schemas.errors import SettingsError, SourceError
+from schemas.errors import SourceError
 from schemas.frames import FRAMES
-from schemas.jobfile import settings_for
 from schemas.settings import Job, Settings
 
 log = logging.getLogger("colonnade")
@@ -42,66 +38,6 @@ TASKS: Mapping[str, Callable[[Task], Mapping[str, Any]]] = {
     "vote": blocks.vote,
     "process": blocks.process,
 }
-
-
-class Progress(Protocol):
-    """What a run tells of itself while it goes on."""
-
-    def begin(self, movie: str, step: str, frames: int) -> None:
-        """A step of a movie begins; it has so many frames to do."""
-
-    def advance(self, movie: str, step: str, frames: int) -> None:
-        """Frames were finished."""
-
-
-class Silent:
-    """No progress."""
-
-    def begin(self, movie: str, step: str, frames: int) -> None:
-        """Say nothing."""
-
-    def advance(self, movie: str, step: str, frames: int) -> None:
-        """Say nothing."""
-
-
-@dataclass(frozen=True)
-class PlannedMovie:
-    """A movie of a job: its name, its files, its settings."""
-
-    name: str
-    files: MovieFiles
-    settings: Settings
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a movie: complete or quarantined, with counts."""
-
-    movie: str
-    status: str
-    path: Path
-    frames: int = 0
-    columns: int = 0
-    dropped: int = 0
-    reason: str = ""
-    seconds: float = 0.0
-
-
-@dataclass
-class Engine:
-    """What all movies of a job share."""
-
-    output: Path
-    client: Client | None
-    device: str
-    stop: threading.Event = field(default_factory=threading.Event)
-    progress: Progress = field(default_factory=Silent)
-    lease: Lease | None = None
-
-    @property
-    def resources(self) -> dict[str, float]:
-        """What each task needs of its worker."""
-        return {"GPU": 1} if self.device.startswith("cuda") else {"CPU": 1}
 
 
 def run(
@@ -148,49 +84,6 @@ def _side_by_side(engine: Engine, movies: Sequence[PlannedMovie], redo: str | No
                 future.cancel()
             raise
     yield from (future.result() for future in futures)
-
-
-# ------------------------------------------------------------------------------------------------- the job's movies
-
-
-def movies_of(job: Job) -> tuple[list[PlannedMovie], list[tuple[Path, str]]]:
-    """The movies that a job names, and the files that no reader claims; two movies of one name are an error."""
-    found: list[PlannedMovie] = []
-    ignored: list[tuple[Path, str]] = []
-    for entry in job.movies:
-        settings = settings_for(job, entry)
-        sources = [entry.source] if isinstance(entry.source, str) else list(entry.source)
-        discovery = discover(sources, dataset=settings.source.dataset)
-        ignored += discovery.ignored
-        if entry.name is not None and len(discovery.movies) > 1:
-            raise SettingsError(f"movie {entry.name!r}: {sources} holds {len(discovery.movies)} movies; name one file")
-        found += [PlannedMovie(entry.name or files.name, files, settings) for files in discovery.movies]
-    if not found:
-        raise SourceError(f"no movie found in {[entry.source for entry in job.movies]}; ignored: {ignored}")
-    for movie in found:
-        if twins := [other for other in found if other.name == movie.name and other is not movie]:
-            raise SettingsError(
-                f"two movies are called {movie.name!r}: {movie.files.paths[0]} and {twins[0].files.paths[0]}; "
-                "give one a name with `name:` in the job file, or run them into two folders"
-            )
-    return found, ignored
-
-
-def overrides_of(settings: Settings) -> SourceOverrides:
-    """What the settings say about a source, for the readers."""
-    source = settings.source
-    return SourceOverrides(
-        sampling=source.sampling,
-        frame_interval=source.frame_interval,
-        energy=source.energy,
-        counts_per_electron=source.counts_per_electron,
-        defocus=list(source.defocus) if source.defocus else None,
-        dataset=source.dataset,
-        on_error=source.on_error,
-    )
-
-
-# -------------------------------------------------------------------------------------------------------- one movie
 
 
 def run_movie(engine: Engine, movie: PlannedMovie, redo: str | None = None) -> Outcome:
@@ -426,52 +319,10 @@ class Story:
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
 
-    # ---------------------------------------------------------------------------------------------- provenance
-
     def attributes(self, state: str) -> dict[str, Any]:
-        """What the run says of itself: where it came from, with which versions, settings and models."""
-        found = {step: read_meta(self._global_part(step)) or {} for step in ("calibrate", "drift", "adapt", "vote")}
-        source = self.stack.attributes.get("source", {})
-        stack = self.stack.path
-        inside = stack.is_relative_to(self.engine.output)
-        return {
-            "state": state,
-            "movie": self.movie.name,
-            "versions": versions(),
-            "settings": self.settings.model_dump(mode="json"),
-            "sources": source.get("files", []),
-            "content_hash": self.stack.attributes["content_hash"],
-            "sampling": self.stack.sampling,
-            "energy": self.stack.attributes.get("energy"),
-            "stack": str(stack.relative_to(self.engine.output)) if inside else str(stack),
-            "models": {"denoise": found["adapt"], "segment": {"name": self.movie.settings.segment.model,
-                       "sha256": self.deps["vote"]["vote.weights"]}},
-            "prepare": {"noise": found["calibrate"].get("noise"), "bad_pixels": found["calibrate"].get("bad_pixels"),
-                        "good_frames": found["drift"].get("good"), "polarity": found["vote"].get("polarity")},
-            "plan": {"fingerprints": self.keys, "block_frames": self.settings.blocks.frames,
-                     "blocks": math.ceil(self.stack.shape[0] / (self.settings.blocks.frames or 1))},
-            "notes": [*source.get("notes", []), *_notes(found, self.stack, self.settings)],
-        }  # fmt: skip
-
-
-def _notes(found: Mapping[str, Mapping[str, Any]], stack: store.Stack, settings: Settings) -> list[str]:
-    """What a reader of the results should know before trusting them."""
-    notes = []
-    noise = found["calibrate"].get("noise")
-    if noise is not None and not noise["calibrated"]:
-        notes.append("counts are not calibrated: electrons are effective ones fitted to the noise; dose is left out")
-    if found["vote"].get("usable") is False:
-        notes.append(f"no columns were looked for: {stack.sampling:g} Å/px is outside of what the network resolves")
-    if stack.defocus is not None:
-        plane = settings.source.defocus_plane
-        notes.append(f"focal series: plane {plane} ({stack.defocus[plane]:g} Å) was processed (source.defocus_plane)")
-    adapted = found["adapt"].get("training") or {}
-    if adapted.get("kept") == "initial":
-        notes.append("adapting the denoiser to this movie did not help; the pretrained weights were used")
-    return notes
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computed a run."""
-    names = ("colonnade", "dask", "distributed", "numpy", "torch", "xarray", "zarr")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+        """What the run says of itself."""
+        facts = describe_run(
+            self.task, self.stack, movie=self.movie.name, output=self.engine.output,
+            weights=self.deps["vote"]["vote.weights"],
+        )  # fmt: skip
+        return {"state": state, **facts}

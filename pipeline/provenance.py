@@ -1,0 +1,66 @@
+"""What a run says of itself: where it came from, with which versions, settings and models, and what to be wary of."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import store
+from pipeline.movie import Task
+from pipeline.parts import read_meta
+from schemas.settings import Settings
+
+
+def describe_run(task: Task, stack: store.Stack, *, movie: str, output: Path, weights: str) -> dict[str, Any]:
+    """The run's own attributes; ``weights`` is the hash of the segmentation network."""
+    keys = dict(task.keys)
+    steps = ("calibrate", "drift", "adapt", "vote")
+    found = {step: read_meta(task.part(step, 0, task.frames)) or {} for step in steps}
+    source, size = stack.attributes.get("source", {}), task.settings.blocks.frames or 1
+    inside = stack.path.is_relative_to(output)
+    return {
+        "movie": movie,
+        "versions": versions(),
+        "settings": task.settings.model_dump(mode="json"),
+        "sources": source.get("files", []),
+        "content_hash": stack.attributes["content_hash"],
+        "sampling": stack.sampling,
+        "energy": stack.attributes.get("energy"),
+        "stack": str(stack.path.relative_to(output)) if inside else str(stack.path),
+        "models": {"denoise": found["adapt"], "segment": {"name": task.settings.segment.model, "sha256": weights}},
+        "prepare": {
+            "noise": found["calibrate"].get("noise"),
+            "bad_pixels": found["calibrate"].get("bad_pixels"),
+            "good_frames": found["drift"].get("good"),
+            "polarity": found["vote"].get("polarity"),
+        },
+        "plan": {"fingerprints": keys, "block_frames": size, "blocks": math.ceil(task.frames / size)},
+        "notes": [*source.get("notes", []), *_notes(found, stack, task.settings)],
+    }
+
+
+def _notes(found: Mapping[str, Mapping[str, Any]], stack: store.Stack, settings: Settings) -> list[str]:
+    """What a reader of the results should know before trusting them."""
+    notes = []
+    noise = found["calibrate"].get("noise")
+    if noise is not None and not noise["calibrated"]:
+        notes.append("counts are not calibrated: electrons are effective ones fitted to the noise; dose is left out")
+    if found["vote"].get("usable") is False:
+        notes.append(f"no columns were looked for: {stack.sampling:g} Å/px is outside of what the network resolves")
+    if stack.defocus is not None:
+        plane = settings.source.defocus_plane
+        notes.append(f"focal series: plane {plane} ({stack.defocus[plane]:g} Å) was processed (source.defocus_plane)")
+    adapted = found["adapt"].get("training") or {}
+    if adapted.get("kept") == "initial":
+        notes.append("adapting the denoiser to this movie did not help; the pretrained weights were used")
+    return notes
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed a run."""
+    names = ("colonnade", "dask", "distributed", "numpy", "torch", "xarray", "zarr")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
