@@ -104,8 +104,8 @@ def series_figure(series: FrameSeries) -> Markup:
         panels[0].set_ylabel("columns per frame")
         _line(panels[1], series.time, series.snr, _LIGHT["first"])
         panels[1].set_ylabel("signal-to-noise ratio")
-        for axes in panels[:2]:
-            axes.set_ylim(0, 1.08 * max(axes.get_ylim()[1], 1e-6))
+        for axes, least in ((panels[0], 1.0), (panels[1], 1e-6)):
+            axes.set_ylim(0, 1.08 * max(axes.get_ylim()[1], least))
         _line(panels[2], series.time, series.dose if doses else series.electrons, _LIGHT["first"])
         panels[2].set_ylabel("dose per frame / e⁻ Å⁻²" if doses else "electrons per pixel")
         panels[2].set_xlabel("time / s")

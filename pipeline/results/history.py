@@ -77,18 +77,25 @@ class History:
         return spent
 
     def rate(self, step: str, *, since: float = 0.0, records: int = 50) -> float | None:
-        """Frames per second that a step is done at, from its newest records; None with fewer than two."""
-        done = sorted((r.time, r.frames) for r in self.current(step) if r.status == "done" and (r.time or 0.0) > since)
-        newest = done[-records:]
-        span = (newest[-1][0] or 0.0) - (newest[0][0] or 0.0) if newest else 0.0
-        return sum(frames for _, frames in newest[1:]) / span if span > 0 else None
+        """Frames per second that a step is done at, from its newest records; None where nothing tells.
+
+        Blocks taken over from an earlier attempt carry no seconds and say nothing about the pace.
+        """
+        timed = [r for r in self.current(step) if r.status == "done" and r.seconds and (r.time or 0.0) > since]
+        newest = sorted(timed, key=lambda r: r.time or 0.0)[-records:]
+        span = _span(newest)
+        return sum(record.frames for record in newest) / span if span else None
 
     def span(self) -> float | None:
         """Seconds from the start of the first block that is done to the end of the last; idle time counts."""
         done = [r for step in self.steps() for r in self.current(step) if r.status == "done" and r.time is not None]
-        if not done:
-            return None
-        return max(r.time or 0.0 for r in done) - min((r.time or 0.0) - sum(r.seconds.values()) for r in done)
+        return _span(done)
+
+
+def _span(records: Sequence[BlockRecord]) -> float | None:
+    """Seconds from the beginning of the first of some blocks to the end of the last."""
+    ends = [(record.time or 0.0, sum(record.seconds.values())) for record in records]
+    return max(end for end, _ in ends) - min(end - spent for end, spent in ends) if ends else None
 
 
 def read_history(folder: Path, movie: str) -> History:

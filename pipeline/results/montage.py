@@ -22,7 +22,7 @@ from pipeline.results.open import columns_of_frame, to_detector
 MOST_PIXELS = 640
 """Longer edges are averaged down for the overview."""
 DETAIL = 14.0  # Å, edge of the magnified square
-CIRCLE = 0.75  # Å, radius of the marker of a column
+CIRCLE = (0.4, 0.9)  # Å, least and greatest radius of the marker of a column
 
 Window = tuple[int, int, int, int]
 
@@ -180,12 +180,21 @@ def _scale_bar(width: int, height: int, sampling: float) -> Markup:
 
 
 def _circles(example: Example, window: Window) -> Markup:
-    radius = max(CIRCLE / example.sampling, 1.5)
+    radius = _radius(example)
     marks = [
         element("circle", cx=f"{x + 0.5 - window[2]:.2f}", cy=f"{y + 0.5 - window[0]:.2f}", r=f"{radius:.2f}")
         for y, x in example.points
     ]
-    return element("g", *marks, class_="marks", stroke_width=f"{max(0.25 / example.sampling, 0.5):.2f}")
+    return element("g", *marks, class_="marks", stroke_width=f"{radius / 3:.2f}")
+
+
+def _radius(example: Example) -> float:
+    """Radius of markers [px] that leaves the columns visible: two fifths of the usual distance of neighbours."""
+    least, most = (edge / example.sampling for edge in CIRCLE)
+    if len(example.points) < 2:
+        return most
+    distance = np.median(np.asarray(cKDTree(example.points).query(example.points, 2)[0])[:, 1])
+    return float(np.clip(0.4 * distance, least, most))
 
 
 def _crosses(example: Example, window: Window) -> Markup:

@@ -120,6 +120,7 @@ def _run_page(
     else:
         body += [
             sections.headline(made, history, series, summary),
+            sections.notes(made),
             _section("Example frames", *_montage(run, frames)),
             _section("Columns, signal and dose over time", _caption(series_figure(series), _flag_words(series))),
             _section(
@@ -146,7 +147,7 @@ def _lead(made: Mapping[str, Any], series: FrameSeries | None) -> Markup:
     if series is not None and len(series.time):
         count, last = len(series.time), float(series.time[-1])
         words.insert(
-            0, f"{count:,} frame{'' if count == 1 else 's'}" + (f" over {duration(last)}." if count > 1 else ".")
+            0, f"{count:,} frame{'' if count == 1 else 's'}" + (f" over {number_text(last)} s." if count > 1 else ".")
         )
     return element("p", " ".join(words), class_="lead")
 
@@ -162,6 +163,12 @@ def _montage(run: xr.DataTree, frames: Sequence[int] | None) -> list[Markup]:
         "ellipses three standard errors."
     )
     return [element("p", words, class_="note"), *drawn]
+
+
+def _histograms(summary: ColumnSummary) -> Markup:
+    if not summary.rows:
+        return element("p", "No column was found.")
+    return _caption(histogram_figure(summary), f"Over all {summary.rows:,} columns of the movie.")
 
 
 def _flag_words(series: FrameSeries) -> str:

@@ -16,6 +16,7 @@ from schemas.conventions import STATUS_MEANING
 from schemas.settings import Settings
 
 _ROWS_SHOWN = 100
+_LEAST_SHARE = 0.005
 
 
 def tiles(*facts: tuple[str, float | str | None, str | None]) -> Markup:
@@ -29,7 +30,7 @@ def tiles(*facts: tuple[str, float | str | None, str | None]) -> Markup:
 
 
 def banners(made: Mapping[str, Any], history: History, series: FrameSeries | None) -> Markup | None:
-    """What the reader must know before any number: unfinished, quarantined, failed, notes of the run."""
+    """What the reader must know before any number: unfinished, quarantined, failed."""
     words: list[object] = []
     if history.state == "quarantined":
         words.append(f"This movie is quarantined: {history.reason}")
@@ -39,10 +40,15 @@ def banners(made: Mapping[str, Any], history: History, series: FrameSeries | Non
     words += [f"The last attempt stopped in {step}: {reason}" for step, reason in history.stops]
     if failed := history.problems():
         words.append(f"{len(failed)} block{'' if len(failed) == 1 else 's'} failed; see Failures below.")
-    words += [str(note) for note in made.get("notes") or ()]
     if not words:
         return None
     return element("div", element("ul", *(element("li", word) for word in words)), class_="banner", role="note")
+
+
+def notes(made: Mapping[str, Any]) -> Markup | None:
+    """What the run itself says that its reader should know."""
+    words = [str(note) for note in made.get("notes") or ()]
+    return element("ul", *(element("li", word) for word in words), class_="notes") if words else None
 
 
 def headline(made: Mapping[str, Any], history: History, series: FrameSeries, summary: ColumnSummary) -> Markup:
@@ -131,10 +137,10 @@ def timing(history: History, series: FrameSeries | None) -> Markup:
     total = sum(spent.values())
     if not total:
         return element("p", "There is no ledger beside this run, so it is not known how long what took.")
-    rows = [
-        (step, part, duration(seconds), f"{100 * seconds / total:.1f} %", _bar(seconds / total))
-        for (step, part), seconds in spent.items()
-    ]
+    shown = {key: seconds for key, seconds in spent.items() if seconds >= _LEAST_SHARE * total}
+    rows = [(step, part, duration(s), f"{100 * s / total:.1f} %", _bar(s / total)) for (step, part), s in shown.items()]
+    if (rest := total - sum(shown.values())) > 0:
+        rows.append(("all else", "", duration(rest), f"{100 * rest / total:.1f} %", _bar(rest / total)))
     measured = int(series.measured.sum()) if series is not None else 0
     span = history.span() or math.nan
     words = f"{duration(total)} of work in all, {duration(span)} from the first block to the last"

@@ -57,7 +57,7 @@ def test_a_half_finished_run(tmp_path: Path, write_ledger: WriteLedger) -> None:
     assert steps["survey"].finished
     assert (steps["process"].done, steps["process"].failed, steps["process"].total) == (3, 1, 8)
     assert steps["process"].frames == 12
-    assert steps["process"].rate == pytest.approx(2.0)  # 4 frames every 2 s
+    assert steps["process"].rate == pytest.approx(2.0)  # 4 frames in 2 s
     assert movie.remaining is None
     assert [record.reason for record in movie.problems] == ["RuntimeError: no luck"]
 
