@@ -43,14 +43,13 @@ def pair_list(n_frames: int, *, start: int, stop: int, lags: Sequence[int]) -> I
 
 
 def spectral_weight(
-    sample: Float, *, band: tuple[float, float], taper: float, change: float, limit: float, device: str = "cpu"
+    sample: Float, *, band: tuple[float, float], taper: float, limit: float, device: str = "cpu"
 ) -> Float:
     """Learn from a sample of the movie how to weigh its spatial frequencies.
 
     sample: (time, y, x) frames spread over the movie [electrons], finite.
     band: (low, high) [cycles/px]: half-points of the smooth limits; low keeps uneven illumination out.
     taper: part of the field on each side over which the window falls to zero.
-    change: part of the signal that differs between frames for other reasons than drift; it counts as noise.
     limit: see `pair_shifts`.
     Returns (2, y, x // 2 + 1) float32 in rfft2 layout: the weights of the cross-power, normalised so that a frame
     correlates with itself to about 1, and the Wiener filter S/(S + N) that shows what of a frame is not noise.
@@ -69,7 +68,6 @@ def spectral_weight(
     wiener = (limits * signal / (signal + noise)).to(torch.float32)
     power = _mean_power([_limited(frame, wiener, limit) for frame in frames], window)
     signal = (power - noise * (1 + len(sample) ** -0.5)).clamp(min=0)
-    noise = noise + change * signal
     weight = signal / (noise * (noise + 2 * signal)) * limits
     if not float(weight.max()) > 0:
         weight = limits / noise

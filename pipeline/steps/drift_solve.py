@@ -127,7 +127,12 @@ def _picked(data: _Pairs, choice: Integer) -> Double:
 
 def _choose(n: int, data: _Pairs, choice: Integer, *, good: Bool, max_motion: float) -> tuple[Integer, Double]:
     """Alternate between the path and the choice of candidates until neither changes."""
-    path = _solve(n, data, choice, np.ones(len(choice)), good=good)
+    # Short lags are the least ambiguous: they lead, longer ones only bridge what they leave open.
+    lag = data.second - data.first
+    rank = np.searchsorted(np.unique(lag), lag)
+    path = _solve(n, data, choice, 1e-3 ** np.minimum(rank, 3), good=good)
+    score = data.score + _prior(data, np.zeros(2), max_motion)
+    choice = np.argmax(score - _misfit(data, path[data.second] - path[data.first]), axis=1)
     for _ in range(_ROUNDS):
         velocity, scale = _motion(n, data, choice, max_motion)
         score = data.score + _prior(data, velocity, scale)
@@ -222,13 +227,13 @@ def _gains(
             ok = (row >= 0) & move.any(axis=1)
             row = row[ok]
             part = _Pairs(data.first[row], data.second[row], data.shift[row], score[row], data.error[row])
+            moved = step[row] + (move[ok] if back else -move[ok])
+            # A lag counts once: its pairs that span one border say the same thing again.
+            gain = (np.max(part.score - _misfit(part, moved), axis=1) - now[row]) / lag
             if back > 0:
-                gain = np.max(part.score - _misfit(part, step[row] + move[ok]), axis=1) - now[row]
                 after[ok] += gain
-                if back == lag:
-                    single[ok] += gain
-            else:
-                single[ok] += np.max(part.score - _misfit(part, step[row] - move[ok]), axis=1) - now[row]
+            if back in (0, lag):
+                single[ok] += gain
     return after, single
 
 
