@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline import inference, store
 from pipeline.movie import Clock, Movie, Task, open_movie, record, saturation_of
@@ -16,6 +18,7 @@ from pipeline.prepare import prepare_denoiser
 from pipeline.steps import columns, denoise, detector, drift, noise, species
 from schemas.conventions import STATUS
 
+SMALLER_TILES = 2  # how often tiles and windows are halved before memory is declared too small
 SAMPLE_PIXELS = 2**26  # most pixels of a sample of frames: what keeps it in memory whatever the frame size
 
 
@@ -76,7 +79,6 @@ def _frequency_weight(electrons: np.ndarray, task: Task) -> np.ndarray:
         electrons,
         band=options.band,
         taper=options.taper,
-        change=options.change,
         limit=options.limit,
         device=task.device,
     )
@@ -156,8 +158,36 @@ def vote(task: Task) -> Mapping[str, Any]:
 
 
 def process(task: Task) -> Mapping[str, Any]:
-    """All pixels of the task's frames, once: denoise, low-pass, segment, find and refine columns, name species."""
-    clock, movie = Clock(), open_movie(task)
+    """All pixels of the task's frames, once: denoise, low-pass, segment, find and refine columns, name species.
+
+    Memory that runs out, on host or device, costs smaller tiles and windows, and ``/frames/device`` says so.
+    """
+    clock = Clock()
+    for attempt in range(SMALLER_TILES + 1):
+        try:
+            return _process(_with_tiles(task, attempt), clock)
+        except (MemoryError, torch.OutOfMemoryError):
+            if attempt == SMALLER_TILES:
+                raise
+    raise AssertionError
+
+
+def _with_tiles(task: Task, halvings: int) -> Task:
+    """The task with its tiles and windows halved so many times; everything else, its key too, stays."""
+    if not halvings:
+        return task
+    options, side = task.settings, 2**halvings
+    tile = max(64, (options.denoise.tile or 1024) // side)
+    window = max(4 * (options.segment.halo or 32), (options.segment.window or 1024) // side)
+    changed = {
+        "denoise": options.denoise.model_copy(update={"tile": tile}),
+        "segment": options.segment.model_copy(update={"window": window}),
+    }
+    return dataclasses.replace(task, settings=options.model_copy(update=changed), halvings=halvings)
+
+
+def _process(task: Task, clock: Clock) -> Mapping[str, Any]:
+    movie = open_movie(task)
     settings = task.settings
     images = inference.infer(movie, range(task.start, task.stop), clock)
     tables = [_columns_of_frame(movie, images, row, clock) for row in range(task.stop - task.start)]
@@ -166,8 +196,7 @@ def process(task: Task) -> Mapping[str, Any]:
     frames["species_count"] = np.stack(
         [species.count_species(t["species"], classes=classes_of(task)) for t in tables]
     ).astype(np.int32)
-    measured = images.good
-    frames["species_count"][~measured] = 0
+    frames["species_count"][~images.good] = 0
     with clock("write"):
         for name in settings.images.save:
             stored = images.denoised if name == "denoised" else images.probability
@@ -239,6 +268,8 @@ def _frame_rows(movie: Movie, images: inference.Images, counts: list[int]) -> di
     if movie.drift_px is None or movie.drift_err is None or model is None:
         raise RuntimeError("the movie was opened before its drift was solved")
     good = images.good
+    # A frame whose estimate is not finite would be an empty frame that looks measured.
+    failed = good & ~np.isfinite(images.denoised).all((1, 2))
     path, error = movie.drift_px[rows] * stack.sampling, movie.drift_err[rows] * stack.sampling
     mean = images.electrons.mean((1, 2), dtype=np.float64)
     snr = images.denoised.std((1, 2), dtype=np.float64) / np.sqrt(np.maximum(mean + model.readout_variance, 1e-12))
@@ -247,8 +278,10 @@ def _frame_rows(movie: Movie, images: inference.Images, counts: list[int]) -> di
         images.counts, saturation=saturation_of(stack, movie.settings)
     )["saturated_fraction"]  # fmt: skip
     return {
-        "status": np.where(good, STATUS["measured"], STATUS["dropped"]).astype(np.int8),
-        "reason": images.reasons,
+        "status": np.where(good, np.where(failed, STATUS["failed"], STATUS["measured"]), STATUS["dropped"]).astype(
+            "i1"
+        ),
+        "reason": np.where(failed, "the denoised frame is not finite", images.reasons),
         "drift_y": path[:, 0],
         "drift_x": path[:, 1],
         "drift_y_err": error[:, 0],

@@ -255,7 +255,7 @@ def ingest(
         raise SettingsError("expected sources and a target: colonnade ingest SOURCE… STACK.zarr")
     target = Path(sources[-1])
     job = _job(sources[:-1], target.parent, [f"source.on_error={on_error}", *(overrides or [])])
-    with connect(load_profile(cluster or "serial")) as client, display(console) as progress, _Signals() as signals:
+    with connect(load_profile(cluster)) as client, display(console) as progress, _Signals() as signals:
         lines, bad = ingest_all(job, target, client=client, progress=progress, stop=signals.stop)
     for line in lines:
         out.print(line, markup=False)

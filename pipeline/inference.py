@@ -145,7 +145,7 @@ def infer(movie: Movie, frames: range, clock: Clock) -> Images:
     return Images(
         first=frames.start, counts=counts, electrons=electrons, denoised=smooth, probability=probability,
         good=good, reasons=_reasons(movie, counts, frames, good), polarity=ballot["polarity"], denoiser=name,
-        device=device_text(movie.task.device, number_format(movie)),
+        device=device_text(movie.task.device, number_format(movie), movie.task.halvings),
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ class Task:
     device: str
     start: int = 0
     stop: int = 0
+    halvings: int = 0
 
     def part(self, step: str, start: int | None = None, stop: int | None = None) -> Path:
         """Part file of a step; of this task's own frames, unless others are named."""
@@ -73,10 +74,11 @@ def require_device(device: str) -> None:
         )
 
 
-def device_text(device: str, dtype: str) -> str:
-    """Device, number format and torch build, as stored with every frame."""
+def device_text(device: str, dtype: str, halvings: int) -> str:
+    """Device, number format and torch build, as stored with every frame, and whether memory forced smaller tiles."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
-    return f"{name}, {dtype}, torch {torch.__version__}"
+    smaller = f", tiles halved {halvings} times for want of memory" if halvings else ""
+    return f"{name}, {dtype}, torch {torch.__version__}{smaller}"
 
 
 @dataclass(frozen=True)
