@@ -6,6 +6,8 @@ electrons is in `pipeline.steps.noise` and re-exported here.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -47,39 +49,59 @@ def find_bad_pixels(sample: NDArray[np.generic], *, threshold: float) -> Bool:
     holds of its variance over time, the largest deviation left out (one X-ray is no defect); dead if it never changes
     although its neighbours do. Adjacent bad pixels are recognised only when dead.
     """
-    frames = _finite_frames(sample)
-    if len(frames) == 0:
-        return np.zeros(sample.shape[1:], bool)
-    mean = frames.mean(axis=0)
-    if len(frames) < 4:
-        error = np.full_like(mean, _spatial_scatter(mean))
-        return _isolated(mean, error, threshold, 0.0) | _isolated(-mean, error, threshold, 0.0)
-    variance = frames.var(axis=0, ddof=1)
-    # The neighbours' variance is the yardstick: a defective pixel's own says nothing about a sound pixel in its place.
-    around = ndimage.median_filter(variance, footprint=_RING1, mode="mirror")
-    around = np.maximum(around, 0.5 * ndimage.uniform_filter(variance, 7, mode="mirror"))
-    error = np.sqrt(around / len(frames))
-    quantum = _quantum(frames) / len(frames)
-    hot = _isolated(mean, error, threshold, quantum) | _isolated(-mean, error, threshold, quantum)
-    return hot | _blinking(frames, mean, threshold) | _dead(frames)
-
-
-def _finite_frames(sample: NDArray[np.generic]) -> Double:
     if sample.ndim != 3:
         raise ValueError(f"the sample of frames has shape {sample.shape}; expected (time, y, x)")
-    frames = np.asarray(sample, dtype=np.float64)
-    return frames[np.isfinite(frames).all(axis=(1, 2))]
+    frames = [frame for frame in sample if np.isfinite(frame).all()]
+    if not frames:
+        return np.zeros(sample.shape[1:], bool)
+    seen = _look(frames)
+    n = len(frames)
+    if n < 4:
+        error = np.full_like(seen.mean, _spatial_scatter(seen.mean))
+        return _isolated(seen.mean, error, threshold, 0.0) | _isolated(-seen.mean, error, threshold, 0.0)
+    # The neighbours' variance is the yardstick: a defective pixel's own says nothing about a sound pixel in its place.
+    variance = seen.squares / (n - 1)
+    around = ndimage.median_filter(variance, footprint=_RING1, mode="mirror")
+    around = np.maximum(around, 0.5 * ndimage.uniform_filter(variance, 7, mode="mirror"))
+    error = np.sqrt(around / n)
+    hot = _isolated(seen.mean, error, threshold, seen.quantum / n)
+    cold = _isolated(-seen.mean, error, threshold, seen.quantum / n)
+    trimmed = (seen.squares - seen.largest) / (n - 2)
+    return hot | cold | _blinking(trimmed, n, threshold, seen.quantum) | _dead(seen.equal, n)
+
+
+class _Seen(NamedTuple):
+    """Per pixel (y, x): mean, sum of squared deviations and the largest of them, how often two readings in a row agree.
+
+    quantum: the reading of one electron where readings are sparse multiples of it, else the size of the noise.
+    """
+
+    mean: Double
+    squares: Double
+    largest: Double
+    equal: Double
+    quantum: float
+
+
+def _look(frames: list[NDArray[np.generic]]) -> _Seen:
+    """Go through the frames one by one, so that memory does not grow with their number."""
+    mean = sum((frame.astype(np.float64) for frame in frames), start=np.zeros(frames[0].shape)) / len(frames)
+    squares, largest, equal = np.zeros_like(mean), np.zeros_like(mean), np.zeros_like(mean)
+    total, count = 0.0, 0
+    for index, frame in enumerate(frames):
+        deviation = (frame.astype(np.float64) - mean) ** 2
+        squares += deviation
+        np.maximum(largest, deviation, out=largest)
+        if index:
+            step = np.abs(frame.astype(np.float64) - frames[index - 1].astype(np.float64))
+            equal += step == 0
+            total, count = total + float(step.sum()), count + int(np.count_nonzero(step))
+    return _Seen(mean, squares, largest, equal, total / max(count, 1))
 
 
 def _spatial_scatter(image: Double) -> float:
     residual = np.abs(image - ndimage.median_filter(image, footprint=_RING1, mode="mirror"))
     return float(max(1.4826 * np.median(residual), residual.mean()))
-
-
-def _quantum(frames: Double) -> float:
-    """Return the reading of one electron where readings are sparse multiples of it, else the size of the noise."""
-    steps = np.abs(np.diff(frames, axis=0))
-    return float(np.mean(steps[steps > 0])) if np.any(steps > 0) else 0.0
 
 
 def _isolated(image: Double, error: Double, threshold: float, quantum: float) -> Bool:
@@ -98,25 +120,21 @@ def _isolated(image: Double, error: Double, threshold: float, quantum: float) ->
     return np.asarray((height > threshold * error + threshold**2 / 3 * quantum) & alone, dtype=bool)
 
 
-def _blinking(frames: Double, mean: Double, threshold: float) -> Bool:
-    deviation = (frames - mean) ** 2
-    trimmed = (deviation.sum(axis=0) - deviation.max(axis=0)) / (len(frames) - 2)
-    around = ndimage.median_filter(trimmed, footprint=_RING2, mode="mirror")
-    around = np.maximum(around, 0.5 * ndimage.uniform_filter(trimmed, 7, mode="mirror"))
+def _blinking(variance: Double, n: int, threshold: float, quantum: float) -> Bool:
+    around = ndimage.median_filter(variance, footprint=_RING2, mode="mirror")
+    around = np.maximum(around, 0.5 * ndimage.uniform_filter(variance, 7, mode="mirror"))
     # Standard error of the variance of Poisson counts λ of q each, q²·√((λ + 2λ²)/n).
-    quantum = _quantum(frames)
-    error = np.sqrt((quantum**2 * around + 2 * around**2) / len(frames))
-    return _isolated(trimmed, error, threshold, quantum**2 / len(frames))
+    error = np.sqrt((quantum**2 * around + 2 * around**2) / n)
+    return _isolated(variance, error, threshold, quantum**2 / n)
 
 
-def _dead(frames: Double) -> Bool:
+def _dead(equal: Double, n: int) -> Bool:
     """Return pixels that never change, where chance cannot explain it.
 
     With s the probability that two readings of a sound neighbour are equal, n equal readings in a row have a
     probability below s^((n-1)/2), whatever the distribution.
     """
-    equal = (frames[1:] == frames[:-1]).sum(axis=0, dtype=np.float64)
-    pairs = len(frames) - 1
+    pairs = n - 1
     around = ndimage.convolve(equal, _RING1.astype(np.float64), mode="mirror")
     same = (around + 1.0) / (8.0 * pairs + 1.0)
     chance = 0.5 * pairs * np.log(same)

@@ -43,13 +43,15 @@ def pair_list(n_frames: int, *, start: int, stop: int, lags: Sequence[int]) -> I
 
 
 def spectral_weight(
-    sample: Float, *, band: tuple[float, float], taper: float, limit: float, device: str = "cpu"
+    sample: Float, *, band: tuple[float, float], taper: float, change: float, limit: float, device: str = "cpu"
 ) -> Float:
     """Learn from a sample of the movie how to weigh its spatial frequencies.
 
     sample: (time, y, x) frames spread over the movie [electrons], finite.
     band: (low, high) [cycles/px]: half-points of the smooth limits; low keeps uneven illumination out.
     taper: part of the field on each side over which the window falls to zero.
+    change: part of the signal that differs between frames for other reasons than drift; it counts as noise, which turns
+    the weights from a matched filter (0) towards phase correlation.
     limit: see `pair_shifts`.
     Returns (2, y, x // 2 + 1) float32 in rfft2 layout: the weights of the cross-power, normalised so that a frame
     correlates with itself to about 1, and the Wiener filter S/(S + N) that shows what of a frame is not noise.
@@ -68,6 +70,7 @@ def spectral_weight(
     wiener = (limits * signal / (signal + noise)).to(torch.float32)
     power = _mean_power([_limited(frame, wiener, limit) for frame in frames], window)
     signal = (power - noise * (1 + len(sample) ** -0.5)).clamp(min=0)
+    noise = noise + change * signal
     weight = signal / (noise * (noise + 2 * signal)) * limits
     if not float(weight.max()) > 0:
         weight = limits / noise
@@ -96,13 +99,14 @@ def _noise_power(power: torch.Tensor, radius: torch.Tensor, poisson: float) -> t
 
     Lattice peaks do not move the median; of what fills a ring (amorphous film) all that exceeds Poisson is signal.
     """
-    ring = (radius * 2 * max(power.shape)).round().long().clamp(max=max(power.shape))
-    median: torch.Tensor = torch.stack(
-        [power[ring == i].median() if bool((ring == i).any()) else power.median() for i in range(int(ring.max()) + 1)]
-    )
+    ring = (radius * 2 * max(power.shape)).round().long().clamp(max=max(power.shape)).ravel()
+    order = torch.argsort(ring, stable=True)
+    counts = torch.bincount(ring)
+    groups = torch.split(power.ravel()[order], counts.tolist())
+    median: torch.Tensor = torch.stack([group.median() if len(group) else power.median() for group in groups])
     floor = float(median[-max(1, len(median) // 8) :].mean())
     floor = max(floor, 1e-12 * float(power.max()), 1e-30)
-    return median.clamp(min=floor, max=max(poisson, floor))[ring]
+    return median.clamp(min=floor, max=max(poisson, floor))[ring].reshape(power.shape)
 
 
 def _smooth(power: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,7 @@ def fit_noise(sample: Float, *, counts_per_electron: float | None) -> NoiseModel
     significantly becomes a constant variance.
     Raises ValueError if no frame is usable.
     """
-    frames = [np.asarray(frame, dtype=np.float64) for frame in sample if np.isfinite(frame).all()]
+    frames = [frame for frame in sample if np.isfinite(frame).all()]
     if not frames:
         raise ValueError(
             f"none of the {len(sample)} sampled frames is finite, so no noise model can be fitted; drop them"
@@ -101,7 +101,7 @@ def _given(mean: Double, variance: Double, gain: float) -> NoiseModel:
     )
 
 
-def _constant(frames: list[Double], level: float, scatter: float) -> NoiseModel:
+def _constant(frames: list[Float], level: float, scatter: float) -> NoiseModel:
     """Constant variance: electrons start at the darkest reading, and at average brightness variance = mean."""
     offset = float(np.min([np.percentile(frame, 0.1) for frame in frames]))
     above = level - offset
@@ -109,42 +109,50 @@ def _constant(frames: list[Double], level: float, scatter: float) -> NoiseModel:
     return NoiseModel(offset, float(gain), float(scatter / gain**2), calibrated=False, signal_dependent=False)
 
 
-def _is_counting(frames: list[Double], level: float, scatter: float) -> bool:
+def _is_counting(frames: list[Float], level: float, scatter: float) -> bool:
     whole = all(bool((frame >= 0).all() and (frame == np.rint(frame)).all()) for frame in frames)
     return whole and level > 0 and 0.8 * level < scatter < 1.25 * level
 
 
-def _binned(frames: list[Double]) -> tuple[Double, Double, float]:
+def _binned(frames: list[Float]) -> tuple[Double, Double, float]:
     """Return local mean and variance in bins of equal population, by rising mean, and the true part of the spread.
 
     The means' own noise widens their distribution and would flatten a line; the smallest box is taken in which at
     least 70 % of the spread is real. Both are averaged over the same box, so that a line in the pixels stays the same
     line.
     """
-    means, squares = _moments(frames)
+    averaged = 2 if len(frames) > 1 else 1
     for box in _BOXES:
-        mean = np.concatenate([ndimage.uniform_filter(m, box, mode="mirror").ravel() for m in means])
-        square = np.concatenate([ndimage.uniform_filter(s, box, mode="mirror").ravel() for s in squares])
-        averaged = box**2 * (2 if len(frames) > 1 else 1)
-        spread = 1 - float(square.mean()) / averaged / max(float(mean.var()), 1e-300)
+        mean, square = _smoothed(frames, box)
+        spread = 1 - float(square.mean()) / (averaged * box**2) / max(float(mean.var()), 1e-300)
         if spread >= 0.7:
             break
     groups = [group for group in np.array_split(np.argsort(mean, kind="stable"), _BINS) if len(group)]
     return np.array([mean[g].mean() for g in groups]), np.array([square[g].mean() for g in groups]), spread
 
 
-def _moments(frames: list[Double]) -> tuple[list[Double], list[Double]]:
-    """Return images of the mean of each two consecutive frames, and of the squared noise of a pixel."""
-    if len(frames) == 1:
+def _smoothed(frames: list[Float], box: int) -> tuple[Double, Double]:
+    """Return the mean and the squared noise of a pixel, averaged over boxes, at up to some two million places."""
+    pairs = list(pairwise(frames)) if len(frames) > 1 else [(frames[0], None)]
+    step = max(1, int(np.sqrt(len(pairs) * frames[0].size / 2e6)))
+    means: list[Double] = []
+    squares: list[Double] = []
+    for first, second in pairs:
+        for image, kept in zip(_moments(first, second), (means, squares), strict=True):
+            kept.append(ndimage.uniform_filter(image, box, mode="mirror")[::step, ::step].ravel())
+    return np.concatenate(means), np.concatenate(squares)
+
+
+def _moments(first: Float, second: Float | None) -> tuple[Double, Double]:
+    """Return images of the mean of two frames and of the squared noise of a pixel."""
+    one = np.asarray(first, dtype=np.float64)
+    if second is None:
         mask = np.outer([1.0, -2.0, 1.0], [1.0, -2.0, 1.0]) / 6
-        return frames, [_clipped(ndimage.convolve(frames[0], mask, mode="mirror") ** 2)]
-    means, squares = [], []
-    for first, second in pairwise(frames):
-        difference = (first - second) / np.sqrt(2)
-        residual = difference - ndimage.uniform_filter(difference, _BOXES[0], mode="mirror")
-        means.append((first + second) / 2)
-        squares.append(_clipped(residual**2 / (1 - 1 / _BOXES[0] ** 2)))
-    return means, squares
+        return one, _clipped(ndimage.convolve(one, mask, mode="mirror") ** 2)
+    other = np.asarray(second, dtype=np.float64)
+    difference = (one - other) / np.sqrt(2)
+    residual = difference - ndimage.uniform_filter(difference, _BOXES[0], mode="mirror")
+    return (one + other) / 2, _clipped(residual**2 / (1 - 1 / _BOXES[0] ** 2))
 
 
 def _clipped(square: Double) -> Double:
