@@ -241,5 +241,5 @@ def unknown_name(name: str, known: Iterable[str]) -> str:
     """What is wrong with a name, the nearest that is known, and all that are."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"unknown name {name!r}{hint} Known names: {', '.join(known)}"

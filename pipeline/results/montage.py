@@ -1,4 +1,4 @@
-"""Example frames of a report: raw, denoised, and where columns were found, with a calibrated scale bar.
+"""Pictures of example frames: raw, denoised, and where columns were found, with a calibrated scale bar.
 
 The pixels are PNG; scale bar and markers are vectors on top, in pixel coordinates (the centre of pixel 0 is at 0.5).
 """
@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
-import xarray as xr
 from PIL import Image
 from scipy.spatial import cKDTree
 
+from pipeline.results.examples import Example
 from pipeline.results.markup import Markup, data_uri, element, join, number_text
-from pipeline.results.open import columns_of_frame, to_detector
 
 MOST_PIXELS = 640
 """Longer edges are averaged down for the overview."""
@@ -25,63 +21,6 @@ DETAIL = 14.0  # Å, edge of the magnified square
 CIRCLE = (0.4, 0.9)  # Å, least and greatest radius of the marker of a column
 
 Window = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class Example:
-    """A crop of one frame: images (y, x); points and errors (column, 2) y, x [px] in it; sampling [Å/px]; its facts."""
-
-    frame: int
-    time: float
-    raw: np.ndarray
-    denoised: np.ndarray
-    points: np.ndarray
-    errors: np.ndarray
-    sampling: float
-    snr: float
-    dose: float
-
-
-def examples(run: xr.DataTree, frames: list[int] | None = None, most: int = 4) -> Iterator[Example]:
-    """The stored example frames (those nearest to ``frames`` where given, else ``most`` spread over them)."""
-    if "examples" not in run.children:
-        return
-    stored = run["examples"].to_dataset()
-    index = stored["frame"].values
-    if not index.size:
-        return
-    if frames is None:
-        chosen = np.unique(np.linspace(0, len(index) - 1, min(most, len(index))).round().astype(int))
-    else:
-        chosen = np.unique([int(np.argmin(np.abs(index - frame))) for frame in frames])
-    for i in chosen:
-        yield _example(run, stored.isel(example=int(i)).load())
-
-
-def _example(run: xr.DataTree, stored: xr.Dataset) -> Example:
-    frame, sampling = int(stored["frame"]), float(stored.attrs["sampling"])
-    origin = np.array([stored.attrs["origin_y"], stored.attrs["origin_x"]], dtype=float)
-    points, errors = np.zeros((0, 2)), np.zeros((0, 2))
-    if "columns" in run.children:
-        columns = to_detector(run, columns_of_frame(run, frame))
-        points = np.stack([columns["y_detector"].values, columns["x_detector"].values], axis=1)
-        points = (points - origin) / sampling
-        errors = np.stack([columns["y_err"].values, columns["x_err"].values], axis=1) / sampling
-        height, width = stored["raw"].shape
-        inside = ((points > -0.5) & (points < np.array([height, width]) - 0.5)).all(axis=1)
-        points, errors = points[inside], errors[inside]
-    facts = cast(xr.Dataset, run["frames"].to_dataset()[["snr", "dose"]].isel(time=frame))
-    return Example(
-        frame=frame,
-        time=float(facts["time"]),
-        raw=stored["raw"].values,
-        denoised=stored["denoised"].values,
-        points=points,
-        errors=errors,
-        sampling=sampling,
-        snr=float(facts["snr"]),
-        dose=float(facts["dose"]),
-    )
 
 
 def example_figure(example: Example, *, magnified: bool) -> Markup:

@@ -14,10 +14,11 @@ from urllib.parse import quote
 import xarray as xr
 
 from pipeline.results import sections
+from pipeline.results.examples import Example, examples
 from pipeline.results.figures import drift_figure, histogram_figure, series_figure
 from pipeline.results.history import History, movies_of, read_history
 from pipeline.results.markup import Markup, element, join, number_text, page, table
-from pipeline.results.montage import example_figure, examples
+from pipeline.results.montage import example_figure
 from pipeline.results.open import find_runs, movie_name, open_run, provenance
 from pipeline.results.status import duration
 from pipeline.results.summary import ColumnSummary, FrameSeries, column_summary, frame_series
@@ -42,8 +43,9 @@ def report(path: str | Path, output: str | Path | None = None, *, frames: Sequen
     """Write the report of a run, or of every run in a folder with an index; gives the page to open first.
 
     ``output`` is the page to write, by default FOLDER/<movie>.html; for a folder it is the index, by default
-    FOLDER/index.html, and the pages of the movies lie beside it. ``frames``: show the stored examples nearest to these.
-    Raises ``SettingsError`` where there is no run, ``SchemaError`` for one that cannot be read.
+    FOLDER/index.html, and the pages of the movies lie beside it. ``frames``: show these, as far as pictures of them are
+    kept, else the examples nearest to them. Raises ``SettingsError`` where there is no run or no such frame,
+    ``SchemaError`` for a run that cannot be read.
     """
     path = Path(path)
     runs = find_runs(path)
@@ -83,7 +85,8 @@ def _write_run(path: Path, output: Path, *, frames: Sequence[int] | None, index:
     name = movie_name(run, path)
     series = frame_series(run) if "frames" in run.children else None
     summary = column_summary(run)
-    _save(output, _run_page(name, run, history, series, summary, frames=frames, index=index))
+    shown = list(examples(run, frames, folder=path.parent)) if series else []
+    _save(output, _run_page(name, run, history, series, summary, shown=shown, index=index))
     state = str(provenance(run).get("state", "unknown"))
     return _Row(
         movie=name,
@@ -104,7 +107,7 @@ def _run_page(
     series: FrameSeries | None,
     summary: ColumnSummary,
     *,
-    frames: Sequence[int] | None,
+    shown: Sequence[Example],
     index: Path | None,
 ) -> Markup:
     made = provenance(run)
@@ -121,7 +124,7 @@ def _run_page(
         body += [
             sections.headline(made, history, series, summary),
             sections.notes(made),
-            _section("Example frames", *_montage(run, frames)),
+            _section("Example frames", *_montage(shown)),
             _section("Columns, signal and dose over time", _caption(series_figure(series), _flag_words(series))),
             _section(
                 "Drift",
@@ -152,13 +155,12 @@ def _lead(made: Mapping[str, Any], series: FrameSeries | None) -> Markup:
     return element("p", " ".join(words), class_="lead")
 
 
-def _montage(run: xr.DataTree, frames: Sequence[int] | None) -> list[Markup]:
-    chosen = examples(run, list(frames) if frames is not None else None)
-    drawn = [example_figure(example, magnified=i == 0) for i, example in enumerate(chosen)]
+def _montage(shown: Sequence[Example]) -> list[Markup]:
+    drawn = [example_figure(example, magnified=i == 0) for i, example in enumerate(shown)]
     if not drawn:
         return [element("p", "The run holds no example frames.", class_="note")]
     words = (
-        "Left the frame as measured (in electrons), in the middle denoised, on the right with the columns that were "
+        "Left the frame as measured, in the middle denoised, on the right with the columns that were "
         "found; each picture has its own grey scale. The blue square is magnified below it: crosses are positions, "
         "ellipses three standard errors."
     )

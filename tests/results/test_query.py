@@ -130,7 +130,7 @@ def test_a_stored_float32_equals_its_decimal() -> None:
         ("a ^ 2 > 1", "no powers"),
         ("name == 'Au", "the string does not end"),
         ("aa > 1", r"unknown name 'aa'; did you mean 'a'\? Known names: a, b, good, name, status"),
-        ("zzzzz > 1", r"unknown name 'zzzzz' Known names"),
+        ("zzzzz > 1", r"unknown name 'zzzzz'\. Known names"),
         ("sqrt(a) > 1", "unknown function 'sqrt'; expected one of abs, isnan"),
         ("a", "the query gives a number; expected a condition"),
         ("name", "the query gives a text"),

@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipeline import store
 from pipeline.results import montage, summary
+from pipeline.results.examples import Example, examples
 from pipeline.results.figures import thin
 from pipeline.results.open import open_run, to_detector
 from pipeline.results.report import report
@@ -240,7 +241,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_markers_lie_on_the_columns(run_path: Path) -> None:
     """The centre of pixel (0, 0) is at 0.5, the crop begins at 1 Å, and drift is put back."""
     run = open_run(run_path)
-    example = list(montage.examples(run))[1]
+    example = list(examples(run))[1]
     assert example.frame == 3
     columns = to_detector(run, run["columns"].to_dataset().isel(column=slice(3, 8)))
     y, x = columns["y_detector"].values, columns["x_detector"].values
@@ -253,7 +254,7 @@ def test_markers_lie_on_the_columns(run_path: Path) -> None:
 
 
 def test_example_pixels_are_the_stored_ones(run_path: Path) -> None:
-    example = next(montage.examples(open_run(run_path)))
+    example = next(examples(open_run(run_path)))
     drawn = montage.example_figure(example, magnified=False)
     encoded = re.findall(r'href="data:image/png;base64,([^"]+)"', drawn)
     assert len(encoded) == 3
@@ -262,10 +263,40 @@ def test_example_pixels_are_the_stored_ones(run_path: Path) -> None:
     assert np.corrcoef(pixels.ravel(), example.raw.ravel())[0, 1] > 0.98
 
 
-def test_frames_can_be_chosen(run_path: Path) -> None:
+def test_the_nearest_example_stands_in_for_a_frame(run_path: Path) -> None:
     run = open_run(run_path)
-    assert [example.frame for example in montage.examples(run, frames=[4])] == [3]
-    assert [example.frame for example in montage.examples(run, frames=[0, 1, 5])] == [0, 3]
+    assert [example.frame for example in examples(run, [4])] == [3]
+    assert [example.frame for example in examples(run, [0, 1, 5])] == [0, 3]
+    with pytest.raises(SettingsError, match="frame 6 is outside the movie; expected 0 to 5"):
+        report(run_path, frames=[6])
+
+
+def test_any_frame_can_be_shown_while_its_pixels_are_kept(run_path: Path) -> None:
+    counts = np.random.default_rng(4).poisson(5, (6, 40, 48)).astype("uint16")
+    stack = run_path.parent / "stacks" / "movie.zarr"
+    layout = store.stack_layout(counts.shape, counts.dtype, shard_megabytes=1)
+    common = {"sampling": 0.2, "origin": (1.0, 2.0)}
+    store.create_stack(
+        stack, shape=counts.shape, dtype=counts.dtype, time=np.arange(6.0), layout=layout,
+        attributes={"sampling": 0.2}, **common,
+    )  # fmt: skip
+    store.write_frames(stack, 0, counts)
+    store.finish_stack(stack, frame_ok=np.ones(6, dtype=bool), attributes={})
+    store.create_image(
+        run_path, "denoised", time=np.arange(6.0), shape=counts.shape, block_frames=6, units="electron", meaning="m",
+        **common,
+    )  # fmt: skip
+    store.write_image(run_path, "denoised", 0, counts * np.float32(2))
+    run = open_run(run_path)
+    chosen = list(examples(run, [4, 0], folder=run_path.parent))
+    assert [example.frame for example in chosen] == [4, 0]
+    assert np.array_equal(chosen[0].raw, counts[4])
+    assert np.array_equal(chosen[0].denoised, counts[4] * 2)
+    columns = to_detector(run, run["columns"].to_dataset().isel(column=slice(8, 10)))
+    expected = np.stack([(columns["y_detector"] - 1) / 0.2, (columns["x_detector"] - 2) / 0.2], axis=1)
+    inside = ((expected > -0.5) & (expected < [39.5, 47.5])).all(axis=1)
+    assert np.allclose(chosen[0].points, expected[inside])
+    assert "Frame 4, 2 s" in _page(report(run_path, frames=[4])).text
 
 
 @pytest.mark.parametrize(
@@ -278,7 +309,7 @@ def test_scale_bars_are_round_and_short(width: float, length: float) -> None:
 
 def test_the_scale_bar_is_calibrated(run_path: Path) -> None:
     """48 pixels of 0.2 Å are 9.6 Å: the bar of 2 Å is 10 pixels long."""
-    drawn = montage.example_figure(next(montage.examples(open_run(run_path))), magnified=False)
+    drawn = montage.example_figure(next(examples(open_run(run_path))), magnified=False)
     assert re.findall(r'<rect [^>]*width="([\d.]+)"[^>]*class="bar"', drawn)[0] == "10.000"
     assert ">2 Å</text>" in drawn
 
@@ -287,7 +318,7 @@ def test_the_detail_is_inside_and_full_of_columns() -> None:
     rng = np.random.default_rng(0)
     points = np.concatenate([rng.uniform(150, 190, (30, 2)), [[10.0, 10.0]]])
     blank = np.zeros((200, 240), dtype=np.float32)
-    example = montage.Example(0, 0.0, blank, blank, points, points * 0, 0.2, 1.0, 1.0)
+    example = Example(0, 0.0, blank, blank, points, points * 0, 0.2, 1.0, 1.0)
     window = montage.detail_window(example)
     assert window is not None
     y0, y1, x0, x1 = window
