@@ -10,21 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.ledger import Ledger
 from pipeline.networks.weights import load_weights, resolve
 from pipeline.parts import part_path, read_meta
-from schemas.errors import ResourceError
+from pipeline.steps.denoise import frame_runs
+from schemas.errors import ResourceError, SettingsError
 from schemas.jobfile import flatten
 from schemas.settings import Settings
 
 # What each step reads of the settings, and which step it follows. A step's version is raised when its result changes.
 STEPS: Mapping[str, tuple[int, str | None, tuple[str, ...]]] = {
-    "calibrate": (1, None, ("detector", "source.counts_per_electron", "source.defocus_plane", *(
+    "calibrate": (1, None, ("detector", "source.defocus_plane", *(
         f"drift.{name}" for name in ("correct", "band", "taper", "limit")))),
     "survey": (1, "calibrate", ("drift.lags", "drift.candidates", "drift.max_shift")),
     "drift": (1, "survey", ("drift.max_motion", "drift.cauchy")),
@@ -32,6 +35,10 @@ STEPS: Mapping[str, tuple[int, str | None, tuple[str, ...]]] = {
     "vote": (1, "adapt", ("segment.model", "segment.contrast", "source.mode", "lowpass")),
     "process": (1, "vote", ("segment", "columns", "species", "images.save")),
     "collect": (1, "process", ("images.examples",)),
+}  # fmt: skip
+# What each step reads of the movie's calibration: recalibration redoes nothing that was computed in pixels.
+CALIBRATION = {
+    "calibrate": ("counts_per_electron",), "adapt": ("gaps",), "vote": ("sampling",), "collect": ("time", "energy"),
 }  # fmt: skip
 BLOCK_PIXELS = 2**23
 BLOCK_FRAMES = (4, 16)
@@ -81,16 +88,53 @@ def models(settings: Settings) -> dict[str, str]:
     return found
 
 
-def dependencies(settings: Settings, content: str) -> dict[str, dict[str, Any]]:
-    """What each step depends on, as flat dictionaries that can be compared and shown."""
+def maps(settings: Settings) -> dict[str, str]:
+    """Hashes of the detector's reference images, by setting: the path alone does not say what they hold."""
+    found = {}
+    for name in ("dark", "gain"):
+        path: Path | None = getattr(settings.detector, name)
+        if path is None:
+            continue
+        if not path.is_file():
+            raise SettingsError(f"detector.{name} is {path}, which is no file; expected an image file")
+        found[f"detector.{name}.sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def calibration(
+    settings: Settings, *, sampling: float, time: Sequence[float], energy: float | None, counts_per_electron: Any
+) -> dict[str, Any]:
+    """What a stack says of its axes and its detector, as far as results depend on it.
+
+    ``sampling`` [Å/px], ``time`` [s], ``energy`` [keV]. Gaps are counted in median intervals: a frame interval that is
+    stated anew does not move them.
+    """
+    stamps = np.asarray(time, dtype=float) - time[0]
+    return {
+        "sampling": float(sampling),
+        "time": digest(stamps.tolist()),
+        "energy": energy,
+        "counts_per_electron": settings.source.counts_per_electron or counts_per_electron,
+        "gaps": digest(frame_runs(stamps, max_gap=settings.denoise.max_gap).tolist()),
+    }
+
+
+def dependencies(settings: Settings, content: str, facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What each step depends on, as flat dictionaries that can be compared and shown.
+
+    ``content`` is the hash of the stack's pixels, ``facts`` its ``calibration``.
+    """
     flat = flatten(settings.model_dump(mode="json"))
     loaded = models(settings)
+    references = maps(settings)
     found: dict[str, dict[str, Any]] = {}
     for step, (version, before, sections) in STEPS.items():
         mine = {k: v for k, v in flat.items() if any(k == s or k.startswith(s + ".") for s in sections)}
         inherited = found[before] if before else {"source.content": content}
         weights = {f"{step}.weights": loaded[step]} if step in loaded else {}
-        found[step] = {**inherited, **mine, **weights, f"{step}.version": version}
+        stated = {f"stack.{name}": facts[name] for name in CALIBRATION.get(step, ())}
+        stated |= references if step == "calibrate" else {}
+        found[step] = {**inherited, **mine, **stated, **weights, f"{step}.version": version}
     return found
 
 

@@ -16,7 +16,16 @@ from rich.table import Table
 
 from pipeline import plan, store
 from pipeline.ingest.describe import Description, describe
-from pipeline.ingest.to_stack import Cut, binned_dtype, is_current, plan_cut, source_key, write_stack
+from pipeline.ingest.to_stack import (
+    Cut,
+    binned_dtype,
+    calibration_of,
+    is_current,
+    open_ingested,
+    plan_cut,
+    source_key,
+    write_stack,
+)
 from pipeline.job import PlannedMovie, Progress, movies_of, overrides_of
 from pipeline.ledger import Ledger
 from pipeline.networks.weights import load_weights
@@ -40,8 +49,9 @@ def problems_of(job: Job) -> tuple[list[str], list[str]]:
     for movie in movies:
         try:
             plan.models(movie.settings)
+            plan.maps(movie.settings)
             if movie.files.reader == "stack":
-                stack = store.open_stack(movie.files.paths[0])
+                stack = open_ingested(movie.files.paths[0], movie.settings.source)
                 facts.append(f"{movie.name}: stack {stack.shape}, {stack.sampling:g} Å/px")
                 continue
             description = describe(movie.files, overrides_of(movie.settings))
@@ -94,12 +104,12 @@ def _print_movie(
     job: Job, movie: PlannedMovie, out: Console, workers: int, rates: dict[str, float]
 ) -> tuple[float, float]:
     settings = movie.settings
-    shape, itemsize, content, why = _stack_facts(job, movie)
+    shape, itemsize, content, facts, why = _stack_facts(job, movie)
     size, halo = plan.block_frames(settings, shape), plan.denoiser_halo(settings)
     layout = store.stack_layout(shape, f"u{itemsize}", shard_megabytes=settings.stacks.shard_megabytes)
     costs = plan.predict_costs(settings, shape, itemsize, size=size, halo=halo, shard_frames=layout.shard_frames)
     ledger = Ledger(job.output / "ledger" / movie.name)
-    deps = plan.dependencies(settings, content)
+    deps = plan.dependencies(settings, content, facts)
     lines = plan.plan_movie(ledger, job.output / "parts" / movie.name, frames=shape[0], size=size, deps=deps)
     seconds = predict_seconds(settings, shape, lines, workers, rates)
     table = Table("step", "blocks", "to do", "why", title=f"{movie.name}: {shape[0]} frames of {shape[1]} x {shape[2]}")
@@ -118,18 +128,23 @@ def _print_movie(
     return to_write, costs.task_memory
 
 
-def _stack_facts(job: Job, movie: PlannedMovie) -> tuple[tuple[int, int, int], int, str, str]:
-    """Shape and item size of the stack that is or will be, its content hash if known, and why it is ingested."""
+def _stack_facts(job: Job, movie: PlannedMovie) -> tuple[tuple[int, int, int], int, str, dict[str, Any], str]:
+    """Shape and item size of the stack that is or will be, content hash if known, calibration, why it is ingested."""
     if movie.files.reader == "stack":
-        stack = store.open_stack(movie.files.paths[0])
-        return stack.shape, stack.counts.dtype.itemsize, stack.attributes["content_hash"], "done"
+        stack = open_ingested(movie.files.paths[0], movie.settings.source)
+        facts = calibration_of(movie.settings, stack)
+        return stack.shape, stack.counts.dtype.itemsize, stack.attributes["content_hash"], facts, "done"
     description = describe(movie.files, overrides_of(movie.settings))
     cut: Cut = plan_cut(description, movie.settings.source)
     target = job.output / "stacks" / f"{movie.name}.zarr"
     current = is_current(target, source_key(description, cut))
     content = store.attributes_of(target)["content_hash"] if current else "not ingested yet"
     reason = "done" if current else ("stale: source files or calibration changed" if target.exists() else "missing")
-    return cut.shape, binned_dtype(description.dtype, cut.binning).itemsize, content, reason
+    facts = plan.calibration(
+        movie.settings, sampling=description.sampling * cut.binning, energy=description.energy,
+        time=list(description.time[cut.frames[0] : cut.frames[1]]), counts_per_electron=description.counts_per_electron,
+    )  # fmt: skip
+    return cut.shape, binned_dtype(description.dtype, cut.binning).itemsize, content, facts, reason
 
 
 def predict_seconds(

@@ -16,15 +16,15 @@ from distributed import Client
 from pipeline import blocks, collect, graph, plan, store
 from pipeline.collect import Piece
 from pipeline.graph import Stopped
-from pipeline.ingest.describe import Description, describe
-from pipeline.ingest.to_stack import write_stack
+from pipeline.ingest.describe import describe
+from pipeline.ingest.to_stack import binned_dtype, calibration_of, open_ingested, plan_cut, write_stack
 from pipeline.job import Engine, Outcome, PlannedMovie, Progress, Silent, movies_of, overrides_of
 from pipeline.ledger import Lease, Ledger
 from pipeline.movie import Task
 from pipeline.parts import part_path, read_meta, sweep
 from pipeline.provenance import describe_run
 from schemas.columns import COLUMNS
-from schemas.errors import SourceError
+from schemas.errors import SchemaError, SourceError
 from schemas.frames import FRAMES
 from schemas.settings import Job, Settings
 
@@ -99,7 +99,7 @@ def run_movie(engine: Engine, movie: PlannedMovie, redo: str | None = None) -> O
         outcome = dataclasses.replace(story.collect(), seconds=time.monotonic() - begin)
         ledger.add("movie", status=outcome.status, reason="", seconds=round(outcome.seconds, 2))
         return outcome
-    except SourceError as error:
+    except (SourceError, SchemaError) as error:
         log.error("%s is quarantined: %s", movie.name, error)
         ledger.add("movie", status="quarantined", reason=str(error))
         return Outcome(movie.name, "quarantined", path, reason=str(error))
@@ -111,11 +111,13 @@ def ingest(engine: Engine, movie: PlannedMovie) -> store.Stack:
     """The movie's stack, written first if it is not there yet; a source that is a stack already is used in place."""
     settings = movie.settings
     if movie.files.reader == "stack":
-        return store.open_stack(movie.files.paths[0])
+        return open_ingested(movie.files.paths[0], settings.source)
     description = describe(movie.files, overrides_of(settings))
     target = engine.output / "stacks" / f"{movie.name}.zarr"
     target.parent.mkdir(parents=True, exist_ok=True)
-    engine.progress.begin(movie.name, "ingest", _frames_of(description, settings))
+    cut = plan_cut(description, settings.source)
+    require_memory(engine, settings, cut.shape, binned_dtype(description.dtype, cut.binning).itemsize)
+    engine.progress.begin(movie.name, "ingest", cut.shape[0])
     write_stack(
         description, target, source=settings.source, stacks=settings.stacks, client=engine.client, stop=engine.stop,
         progress=lambda frames: engine.progress.advance(movie.name, "ingest", frames),
@@ -123,9 +125,12 @@ def ingest(engine: Engine, movie: PlannedMovie) -> store.Stack:
     return store.open_stack(target)
 
 
-def _frames_of(description: Description, settings: Settings) -> int:
-    first, end = settings.source.frames or (0, description.shape[0])
-    return max(0, min(end, description.shape[0]) - first)
+def require_memory(engine: Engine, settings: Settings, shape: tuple[int, int, int], itemsize: int) -> None:
+    """Refuse a cluster whose workers are too small, before any work is sent."""
+    size, halo = plan.block_frames(settings, shape), plan.denoiser_halo(settings)
+    plan.require_memory(
+        plan.predict_memory(settings, shape, itemsize, size, halo), graph.smallest_memory(engine.client)
+    )
 
 
 class Story:
@@ -141,13 +146,14 @@ class Story:
         self.settings = movie.settings.model_copy(update={"blocks": cut})
         self.path = engine.output / f"{movie.name}.zarr"
         self.parts = engine.output / "parts" / movie.name
-        self.deps = plan.dependencies(movie.settings, str(stack.attributes["content_hash"]))
+        facts = calibration_of(movie.settings, stack)
+        self.deps = plan.dependencies(movie.settings, str(stack.attributes["content_hash"]), facts)
         self.keys = plan.fingerprints(self.deps)
         self.task = Task(
             str(stack.path), str(self.path), str(self.parts), stack.shape[0], self.settings,
             tuple(self.keys.items()), engine.device,
         )  # fmt: skip
-        self._require_memory(size)
+        require_memory(engine, movie.settings, stack.shape, stack.counts.dtype.itemsize)
         self._require_plane()
         if redo is not None:
             self._forget(plan.from_step(redo))
@@ -156,13 +162,6 @@ class Story:
         for step in TASKS:
             self._note_dependencies(step)
         store.create_run(self.path, self.attributes("running"))
-
-    def _require_memory(self, size: int) -> None:
-        """Refuse a cluster whose workers are too small, before any work is sent."""
-        available = graph.smallest_memory(self.engine.client)
-        itemsize, halo = self.stack.counts.dtype.itemsize, plan.denoiser_halo(self.settings)
-        predicted = plan.predict_memory(self.settings, self.stack.shape, itemsize, size, halo)
-        plan.require_memory(predicted, available)
 
     def _require_plane(self) -> None:
         planes, plane = self.stack.defocus, self.settings.source.defocus_plane
@@ -300,7 +299,8 @@ class Story:
     def _create_images(self) -> None:
         """Create the arrays of images to keep, unless those of this very computation are there already."""
         wanted = self.movie.settings.images.save
-        marker = part_path(self.parts, "images", 0, self.settings.blocks.frames or 1, self.keys["process"])
+        key = plan.digest([self.keys["process"], self.stack.time.tolist()])
+        marker = part_path(self.parts, "images", 0, self.settings.blocks.frames or 1, key)
         if bool(wanted) == (self.path / "images").exists() and (marker.exists() or not wanted):
             return
         # There is one set of images, so markers of other settings vouch for nothing any more.

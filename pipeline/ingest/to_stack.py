@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -15,15 +16,16 @@ from typing import Any
 import numpy as np
 from distributed import Client
 
-from pipeline import store
+from pipeline import plan, store
 from pipeline.graph import stream
 from pipeline.ingest.describe import Description
 from pipeline.ingest.reading import read_frames, read_frames_flagged
 from pipeline.parts import part_path, read_part, replace_atomically, write_part
 from schemas.errors import SourceError
-from schemas.settings import Source, Stacks
+from schemas.settings import Settings, Source, Stacks
 
 DESCRIPTION = "description.json"
+PIECE_BYTES = 2**26  # of raw frames that a task holds at a time
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,19 @@ def _load_description(path: str) -> Description:
 def ingest_shard(task: ShardTask) -> int:
     """Read, cut and write one shard, then a part file with its frames' digests and which of them are good."""
     description = _load_description(f"{task.folder}/{DESCRIPTION}")
-    first = task.cut.frames[0]
-    begin, end = first + task.start, first + task.stop
-    if task.quarantine:
-        raw, good = read_frames_flagged(description, begin, end)
-    else:
-        raw, good = read_frames(description, begin, end), np.asarray(description.good_frames[begin:end], bool)
-    frames = task.cut.apply(raw)
+    shape = (task.stop - task.start, *description.shape[1:-2], *task.cut.shape[1:])
+    frames = np.empty(shape, dtype=binned_dtype(description.dtype, task.cut.binning))
+    good = np.zeros(shape[0], dtype=bool)
+    # A small region or strong binning puts very many frames of the detector into one shard: read them in pieces.
+    size = max(1, PIECE_BYTES // (math.prod(description.shape[1:]) * np.dtype(description.dtype).itemsize))
+    for start in range(0, shape[0], size):
+        rows = slice(start, min(start + size, shape[0]))
+        begin, end = (task.cut.frames[0] + task.start + row for row in (rows.start, rows.stop))
+        if task.quarantine:
+            raw, good[rows] = read_frames_flagged(description, begin, end)
+        else:
+            raw, good[rows] = read_frames(description, begin, end), description.good_frames[begin:end]
+        frames[rows] = task.cut.apply(raw)
     store.write_frames(Path(task.stack), task.start, frames)
     digests = b"".join(hashlib.blake2b(np.ascontiguousarray(f).data, digest_size=16).digest() for f in frames)
     write_part(task.part, {"digests": np.frombuffer(digests, dtype=np.uint8), "good": good}, {})
@@ -158,6 +166,30 @@ def attributes(description: Description, cut: Cut, key: str) -> dict[str, Any]:
     }
 
 
+def calibration_of(settings: Settings, stack: store.Stack) -> dict[str, Any]:
+    """What the results of a stack depend on besides its pixels."""
+    return plan.calibration(
+        settings, sampling=stack.sampling, time=stack.time.tolist(), energy=stack.attributes.get("energy"),
+        counts_per_electron=stack.attributes.get("counts_per_electron"),
+    )  # fmt: skip
+
+
+def open_ingested(path: Path, source: Source) -> store.Stack:
+    """A stack that is the source itself. What was settled when it was ingested is not overridden in silence."""
+    stack = store.open_stack(path)
+    is_now = {"sampling": stack.sampling, "energy": stack.attributes.get("energy"), "binning": 1}
+    is_now |= {"frame_interval": stack.attributes.get("frame_interval")}
+    asked = {name: getattr(source, name) for name in (*is_now, "frames", "region", "defocus")}
+    wrong = {name: value for name, value in asked.items() if value not in (None, is_now.get(name))}
+    if wrong:
+        told = ", ".join(f"source.{name} = {value}" for name, value in wrong.items())
+        raise SourceError(
+            f"{path} is a stack already, so {told} would have no effect (the stack has "
+            f"{', '.join(f'{name} {is_now.get(name)}' for name in wrong)}); run the original files with these settings"
+        )
+    return stack
+
+
 def write_stack(
     description: Description,
     path: Path,
@@ -176,7 +208,13 @@ def write_stack(
     cut = plan_cut(description, source)
     key = source_key(description, cut)
     if is_current(path, key):
-        return int((~store.open_stack(path).frame_ok).sum())
+        damaged = int((~store.open_stack(path).frame_ok).sum())
+        if damaged and source.on_error == "stop":
+            raise SourceError(
+                f"{path} was ingested with {damaged} damaged frame(s) of {description.paths[0]}, and source.on_error "
+                "is stop; set source.on_error to quarantine to use the good ones, or mend the file"
+            )
+        return damaged
     shape = (cut.shape[0], *description.shape[1:-2], *cut.shape[1:])
     dtype = binned_dtype(description.dtype, cut.binning)
     layout = store.stack_layout(shape, dtype, shard_megabytes=stacks.shard_megabytes)
@@ -185,11 +223,12 @@ def write_stack(
     # The centre of the first binned pixel, on the detector's own axes.
     origin = [(edge + (cut.binning - 1) / 2) * description.sampling for edge in (cut.region[0], cut.region[2])]
     folder = path.with_suffix(".ingest")
-    if not _resumes(folder, path, key):
+    if not _resumes(folder, path, key, layout):
         shutil.rmtree(folder, ignore_errors=True)
         store.create_stack(
             path, shape=shape, dtype=dtype, time=time - time[0], sampling=sampling, layout=layout,
-            attributes=attributes(description, cut, key), origin=(origin[0], origin[1]), defocus=description.defocus,
+            attributes={**attributes(description, cut, key), "shard_frames": layout.shard_frames},
+            origin=(origin[0], origin[1]), defocus=description.defocus,
         )  # fmt: skip
         replace_atomically(folder / DESCRIPTION, json.dumps(description.to_dict(), default=str).encode())
     quarantine = source.on_error == "quarantine"
@@ -209,12 +248,13 @@ def write_stack(
     return int((~good).sum())
 
 
-def _resumes(folder: Path, path: Path, key: str) -> bool:
-    """Whether an ingest of the same files, calibration and cut was interrupted here."""
+def _resumes(folder: Path, path: Path, key: str, layout: store.StackLayout) -> bool:
+    """Whether an ingest of the same files, calibration and cut, into the same shards, was interrupted here."""
     if store.kind_of(path) != "stack" or not (folder / DESCRIPTION).exists():
         return False
     state = store.attributes_of(path)
-    return bool(state["state"] == "running" and state.get("source_key") == key)
+    same = state.get("source_key") == key and state.get("shard_frames") == layout.shard_frames
+    return bool(state["state"] == "running" and same)
 
 
 def _conclude(tasks: Sequence[ShardTask], shape: Sequence[int], dtype: Any) -> tuple[str, np.ndarray]:
@@ -225,4 +265,7 @@ def _conclude(tasks: Sequence[ShardTask], shape: Sequence[int], dtype: Any) -> t
         arrays, _ = read_part(task.part)
         digest.update(arrays["digests"].tobytes())
         good.append(arrays["good"])
-    return digest.hexdigest(), np.concatenate(good)
+    readable = np.concatenate(good)
+    if not readable.all():
+        digest.update(np.packbits(readable).tobytes())
+    return digest.hexdigest(), readable
