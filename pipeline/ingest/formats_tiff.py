@@ -36,6 +36,7 @@ def _inspect(path: Path, file: tifffile.TiffFile, dataset: str | None, complaint
     whole = promised - len(bad)
     damage = "; ".join(complaints[:3]) or (f"{whole} of {promised} frames are complete" if bad else "")
     spacing, clock = tiff_metadata.calibration(file)
+    odd = "C" in series.axes and series.shape[series.axes.index("C")] > 1
     return Facts(
         leading if promised == math.prod(leading) else (promised,),
         plane,
@@ -47,6 +48,7 @@ def _inspect(path: Path, file: tifffile.TiffFile, dataset: str | None, complaint
         clock=clock,
         energy=tiff_metadata.energy(file),
         vendor=json_able(tiff_metadata.vendor(file)),
+        notes=(f"the axis that the file calls channel ({series.axes}) is taken as time",) if odd else (),
     )
 
 
@@ -92,7 +94,8 @@ def _axes(path: Path, series: tifffile.TiffPageSeries) -> tuple[tuple[int, ...],
     axes, shape = series.axes, series.shape
     sizes = [(axis, n) for axis, n in zip(axes, shape, strict=True) if n != 1 or axis in "YX"]
     names = "".join(axis for axis, _ in sizes)
-    if "S" in names or "C" in names or not names.endswith("YX"):
+    channels = "C" in names and len(names) > 3  # a lone axis is time whatever a writer called it
+    if "S" in names or channels or not names.endswith("YX"):
         raise SourceError(f"{path}: has the axes {axes}, shape {shape} (colours or channels); expected grey images.")
     if len(sizes) > 4:
         raise SourceError(f"{path}: has the axes {axes} with shape {shape}; expected at most (time, defocus, y, x).")

@@ -160,6 +160,17 @@ def test_pages_that_disagree_need_a_choice(write: SimpleNamespace, tmp_path: Pat
     np.testing.assert_array_equal(read_frames(described, 0, 2), write.movie(2, (30, 40)))
 
 
+def test_a_lone_channel_axis_is_time_and_said_so(write: SimpleNamespace, tmp_path: Path) -> None:
+    data = write.movie(7)
+    tifffile.imwrite(tmp_path / "a.tif", data, imagej=True)  # tifffile then writes 7 channels
+    described = one(tmp_path / "a.tif")
+    np.testing.assert_array_equal(read_frames(described, 0, 7), data)
+    assert "channel (CYX) is taken as time" in described.notes[0]
+    tifffile.imwrite(tmp_path / "b.tif", data.reshape(1, 7, 1, 12, 20).repeat(2, 2), imagej=True)
+    with pytest.raises(SourceError, match="channels"):
+        one(tmp_path / "b.tif")
+
+
 def test_tiled_tiff(write: SimpleNamespace, tmp_path: Path) -> None:
     data = write.movie(4, (40, 50))
     tifffile.imwrite(tmp_path / "a.tif", data, tile=(16, 16), photometric="minisblack")
