@@ -38,7 +38,9 @@ def local_cluster(profile: Profile) -> LocalCluster:
         memory_limit=f"{memory:.3f}GB",
         resources={"CPU": 1},
         host="127.0.0.1",
-        dashboard_address=profile.dashboard,
+        # Nothing listens but the scheduler, unless the profile asks for Dask's pages.
+        dashboard_address=profile.dashboard or "127.0.0.1:0",
+        scheduler_kwargs={"dashboard": profile.dashboard is not None},
         local_directory=str(profile.local_directory) if profile.local_directory else None,
         # A heartbeat that is cut off when the cluster closes is no error of the user's.
         silence_logs=logging.CRITICAL,

@@ -28,7 +28,7 @@ from schemas.settings import Settings
 # What each step reads of the settings, and which step it follows. A step's version is raised when its result changes.
 STEPS: Mapping[str, tuple[int, str | None, tuple[str, ...]]] = {
     "calibrate": (1, None, ("detector", "source.defocus_plane", *(
-        f"drift.{name}" for name in ("correct", "band", "taper", "limit")))),
+        f"drift.{name}" for name in ("correct", "band", "taper", "change", "limit")))),
     "survey": (1, "calibrate", ("drift.lags", "drift.candidates", "drift.max_shift")),
     "drift": (1, "survey", ("drift.max_motion", "drift.cauchy")),
     "adapt": (1, "drift", ("denoise",)),
