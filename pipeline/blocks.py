@@ -79,6 +79,7 @@ def _frequency_weight(electrons: np.ndarray, task: Task) -> np.ndarray:
         electrons,
         band=options.band,
         taper=options.taper,
+        change=options.change,
         limit=options.limit,
         device=task.device,
     )
@@ -104,7 +105,7 @@ def survey(task: Task) -> Mapping[str, Any]:
         with clock("drift"):
             shifts = drift.pair_shifts(
                 electrons, pairs - task.start, good=good, weight=weight, candidates=options.candidates,
-                max_shift=options.max_shift, taper=options.taper, change=options.change, limit=options.limit, device=task.device,
+                max_shift=options.max_shift, taper=options.taper, limit=options.limit, device=task.device,
             )  # fmt: skip
         arrays |= {"pairs": pairs, **{f"shift_{name}": values for name, values in shifts.items()}}
     with clock("write"):
