@@ -27,6 +27,7 @@ from pipeline.ingest.to_stack import (
     write_stack,
 )
 from pipeline.job import PlannedMovie, Progress, movies_of, overrides_of
+from pipeline.layout import stack_layout
 from pipeline.ledger import Ledger
 from pipeline.networks.weights import load_weights
 from pipeline.prepare import PRETRAINED
@@ -106,7 +107,7 @@ def _print_movie(
     settings = movie.settings
     shape, itemsize, content, facts, why = _stack_facts(job, movie)
     size, halo = plan.block_frames(settings, shape), plan.denoiser_halo(settings)
-    layout = store.stack_layout(shape, f"u{itemsize}", shard_megabytes=settings.stacks.shard_megabytes)
+    layout = stack_layout(shape, f"u{itemsize}", shard_megabytes=settings.stacks.shard_megabytes)
     costs = plan.predict_costs(settings, shape, itemsize, size=size, halo=halo, shard_frames=layout.shard_frames)
     ledger = Ledger(job.output / "ledger" / movie.name)
     deps = plan.dependencies(settings, content, facts)

@@ -12,7 +12,7 @@ import math
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +20,11 @@ import numpy as np
 import xarray as xr
 import zarr
 
+from pipeline.layout import LARGE_CHUNK, StackLayout, ome_metadata, plain_json, pyramid_levels
+from pipeline.layout import stack_layout as stack_layout
 from schemas.conventions import ANGSTROM, DIMENSIONLESS, SCHEMA_VERSION, SECOND
 from schemas.errors import SchemaError, SettingsError, SourceError
+from schemas.stack import STACK
 from schemas.variables import Schema, Variable
 
 Array = zarr.Array[Any]
@@ -35,8 +38,6 @@ ROWS_PER_CHUNK = 2**16
 ROWS_PER_SHARD = 2**20
 FRAMES_PER_SHARD = 2**16
 REMEDY = "the stack is damaged: remove it and ingest its source again"
-SMALL_CHUNK = 2**16  # pixels: chunks of several frames where frames are smaller than this
-LARGE_CHUNK = 1024  # pixels along y and x
 
 
 def _typed_compressors(dtype: np.dtype[Any]) -> list[dict[str, Any]]:
@@ -105,63 +106,6 @@ def _write_region(array: Array, path: Path, start: int, values: np.ndarray) -> N
 # ---------------------------------------------------------------------------------------------------------- stacks
 
 
-@dataclass(frozen=True)
-class StackLayout:
-    """How a stack is cut on disk: frames per chunk and per shard, and the chunk's edges."""
-
-    chunk: tuple[int, ...]
-    shard: tuple[int, ...]
-
-    @property
-    def shard_frames(self) -> int:
-        """Frames that one shard, hence one writing task, owns."""
-        return self.shard[0]
-
-
-def stack_layout(shape: Sequence[int], dtype: Any, *, shard_megabytes: float) -> StackLayout:
-    """Chunks of one frame (several where frames are small), shards of about ``shard_megabytes`` uncompressed."""
-    frames, *middle, height, width = shape
-    per_frame = math.prod(shape[1:])
-    edge_y, edge_x = min(height, LARGE_CHUNK), min(width, LARGE_CHUNK)
-    chunk_frames = max(1, min(frames, SMALL_CHUNK // per_frame))
-    wanted = int(shard_megabytes * 2**20 / (per_frame * np.dtype(dtype).itemsize * chunk_frames))
-    shard_frames = chunk_frames * max(1, min(wanted, math.ceil(frames / chunk_frames)))
-    chunk = (chunk_frames, *(1 for _ in middle), edge_y, edge_x)
-    shard = (shard_frames, *middle, edge_y * math.ceil(height / edge_y), edge_x * math.ceil(width / edge_x))
-    return StackLayout(chunk, shard)
-
-
-def _ome_metadata(
-    name: str, dims: Sequence[str], datasets: Sequence[tuple[str, Sequence[float], Sequence[float]]]
-) -> dict[str, Any]:
-    """OME-Zarr 0.5 multiscales; ``datasets`` holds (path, scale, translation) from fine to coarse."""
-    kinds: dict[str, dict[str, Any]] = {
-        "time": {"type": "time", "unit": "second"},
-        "y": {"type": "space", "unit": "angstrom"},
-        "x": {"type": "space", "unit": "angstrom"},
-        "defocus": {"type": "channel"},
-    }
-    return {
-        "version": "0.5",
-        "multiscales": [
-            {
-                "name": name,
-                "axes": [{"name": dim, **kinds[dim]} for dim in dims],
-                "datasets": [
-                    {
-                        "path": path,
-                        "coordinateTransformations": [
-                            {"type": "scale", "scale": list(scale)},
-                            {"type": "translation", "translation": list(translation)},
-                        ],
-                    }
-                    for path, scale, translation in datasets
-                ],
-            }
-        ],
-    }
-
-
 def create_stack(
     path: Path,
     *,
@@ -184,30 +128,25 @@ def create_stack(
     target, path = path, path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     dims = ("time", "y", "x") if defocus is None else ("time", "defocus", "y", "x")
     group = zarr.create_group(str(path), zarr_format=3)
-    counts = Variable("counts", dims, str(np.dtype(dtype)), "counts", "counts as the detector wrote them", 0)
+    counts = replace(STACK["counts"], dims=dims, dtype=str(np.dtype(dtype)), fill=0)
     _create_array(group, counts, tuple(shape), chunks=layout.chunk, shards=layout.shard)
-    _put(group, Variable("time", ("time",), "float64", SECOND, "time stamp of the frame since the first"), time)
+    _put(group, STACK["time"], time)
     for axis, size, start in (("y", shape[-2], origin[0]), ("x", shape[-1], origin[1])):
-        meaning = f"position of the pixel centre {'down' if axis == 'y' else 'across'} the detector"
-        _put(
-            group,
-            Variable(axis, (axis,), "float64", ANGSTROM, meaning),
-            start + sampling * np.arange(size, dtype=float),
-        )
+        _put(group, STACK[axis], start + sampling * np.arange(size, dtype=float))
     if defocus is not None:
         _put(
             group,
             Variable("defocus", ("defocus",), "float64", ANGSTROM, "defocus, positive: underfocus"),
             np.asarray(defocus, dtype=float),
         )
-    _put(group, _frame_ok(), np.full(shape[0], -1, dtype="int8"))
+    _put(group, STACK["frame_ok"], np.full(shape[0], -1, dtype="int8"))
     interval = float(time[1] - time[0]) if len(time) > 1 else 1.0
     middle = () if defocus is None else (1.0,)
-    ome = _ome_metadata(
+    ome = ome_metadata(
         target.stem, dims, [("counts", (interval, *middle, sampling, sampling), (0.0, *(0.0 for _ in middle), *origin))]
     )
     state = {"kind": "stack", "schema_version": SCHEMA_VERSION, "state": "running", **attributes}
-    group.attrs.update({"ome": ome, "colonnade": _json(state)})
+    group.attrs.update({"ome": ome, "colonnade": plain_json(state)})
     remove(target)
     path.rename(target)
 
@@ -229,11 +168,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(trash)
 
 
-def _frame_ok() -> Variable:
-    meaning = "1 where the frame was read, 0 where the file was damaged, -1 before ingest has finished"
-    return Variable("frame_ok", ("time",), "int8", DIMENSIONLESS, meaning, -1)
-
-
 def write_frames(path: Path, start: int, frames: np.ndarray) -> None:
     """Write whole shards of counts from frame ``start`` on; anything else is refused."""
     _write_region(cast(Array, _open_group(path, "r+")["counts"]), path / "counts", start, frames)
@@ -242,9 +176,9 @@ def write_frames(path: Path, start: int, frames: np.ndarray) -> None:
 def finish_stack(path: Path, *, frame_ok: np.ndarray, attributes: Mapping[str, Any]) -> None:
     """Declare a stack complete: which frames are good (time,), and what only reading all could tell."""
     group = _open_group(path, "r+")
-    _put(group, _frame_ok(), frame_ok.astype("int8"))
+    _put(group, STACK["frame_ok"], frame_ok.astype("int8"))
     state = cast(dict[str, Any], group.attrs["colonnade"])
-    group.attrs["colonnade"] = _json({**state, **attributes, "state": "complete"})
+    group.attrs["colonnade"] = plain_json({**state, **attributes, "state": "complete"})
 
 
 @dataclass(frozen=True)
@@ -337,9 +271,6 @@ def open_stack(path: Path) -> Stack:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ runs
-
-
 def open_tree(path: Path) -> xr.DataTree:
     """A run as an xarray DataTree, lazily."""
     return xr.open_datatree(path, engine="zarr", consolidated=False)
@@ -347,7 +278,7 @@ def open_tree(path: Path) -> xr.DataTree:
 
 def create_run(path: Path, attributes: Mapping[str, Any]) -> None:
     """Create a run, or put an existing one back to state "running" with new attributes; arrays stay."""
-    state = _json({"kind": "run", "schema_version": SCHEMA_VERSION, "state": "running", **attributes})
+    state = plain_json({"kind": "run", "schema_version": SCHEMA_VERSION, "state": "running", **attributes})
     if path.exists() and any(entry.suffix != ".partial" for entry in path.iterdir()):
         require_replaceable(path, "run")
         attributes_of(path)
@@ -359,7 +290,7 @@ def create_run(path: Path, attributes: Mapping[str, Any]) -> None:
 def update_run(path: Path, attributes: Mapping[str, Any]) -> None:
     """Change some of the run's own attributes, such as its state."""
     group = _open_group(path, "r+")
-    group.attrs["colonnade"] = _json({**cast(dict[str, Any], group.attrs["colonnade"]), **attributes})
+    group.attrs["colonnade"] = plain_json({**cast(dict[str, Any], group.attrs["colonnade"]), **attributes})
 
 
 def create_table(
@@ -392,20 +323,17 @@ def shard_rows(schema: Schema) -> int:
 def write_rows(path: Path, schema: Schema, start: int, values: Mapping[str, np.ndarray]) -> None:
     """Write whole shards of a table's variables, all but those known from the start, from row ``start`` on."""
     group = cast(zarr.Group, _open_group(path, "r+")[schema.group.strip("/")])
+    wanted = {variable.name for variable in schema.variables if variable.dims != (variable.name,)}
+    lengths = {name: len(data) for name, data in values.items()}
+    if set(values) - {schema.row} != wanted or len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"rows from {start} on of {schema.group} hold {lengths}; expected rows of one length for {sorted(wanted)}"
+        )
     for variable in (v for v in schema.variables if v.name in values):
         array = cast(Array, group[variable.name])
         folder = path / schema.group.strip("/") / variable.name
         data = values[variable.name]
         _write_region(array, folder, start, data if variable.dtype == "string" else data.astype(variable.dtype))
-
-
-# ---------------------------------------------------------------------------------------------------------- images
-
-
-def pyramid_levels(height: int, width: int) -> int:
-    """Levels of an image pyramid whose coarsest level fits into about 256 pixels."""
-    halvings = max(0, math.ceil(math.log2(max(height, width) / 256)))
-    return 1 + min(halvings, int(math.log2(min(height, width))))
 
 
 def remove_images(path: Path) -> None:
@@ -441,7 +369,7 @@ def create_image(
             positions = first + scale * np.arange(count, dtype=float)
             _put(group, Variable(axis, (axis,), "float64", ANGSTROM, f"{axis} of the pixel centre"), positions)
         datasets.append((f"s{level}/{name}", (interval, scale, scale), (0.0, *start)))
-    parent.attrs["ome"] = _ome_metadata(name, ("time", "y", "x"), datasets)
+    parent.attrs["ome"] = ome_metadata(name, ("time", "y", "x"), datasets)
 
 
 def write_image(path: Path, name: str, start: int, frames: np.ndarray) -> None:
@@ -469,20 +397,3 @@ def write_examples(
         units = DIMENSIONLESS if name == "probability" else "electron"
         variable = Variable(name, ("example", "y_example", "x_example"), "float32", units, f"{name} frame")
         _put(group, variable, values.astype("float32"))
-
-
-def _json(value: Any) -> Any:
-    """Plain JSON: NumPy scalars unpacked, what is not a number in JSON written as text."""
-
-    def plain(item: Any) -> Any:
-        if isinstance(item, Mapping):
-            return {str(k): plain(v) for k, v in item.items()}
-        if isinstance(item, list | tuple):
-            return [plain(v) for v in item]
-        if isinstance(item, np.generic):
-            return plain(item.item())
-        if isinstance(item, float) and not math.isfinite(item):
-            return str(item)
-        return item if isinstance(item, str | int | float | bool | None) else str(item)
-
-    return plain(value)

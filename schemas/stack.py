@@ -14,7 +14,11 @@ STACK = Schema(
         Variable("y", ("y",), "float64", ANGSTROM, "position of the pixel centre down the detector"),
         Variable("x", ("x",), "float64", ANGSTROM, "position of the pixel centre across the detector"),
         Variable(
-            "frame_ok", ("time",), "int8", DIMENSIONLESS, "1 where the frame was read, 0 where the file was damaged"
+            "frame_ok",
+            ("time",),
+            "int8",
+            DIMENSIONLESS,
+            "1 where the frame was read, 0 where the file was damaged, -1 before ingest has finished",
         ),
     ),
 )

@@ -13,7 +13,7 @@ from schemas.errors import SchemaError
 
 @dataclass(frozen=True)
 class Variable:
-    """One array of a group: its dimensions, type, units and meaning.
+    """One array of a group: its dimensions, type ("any": the detector's), units and meaning.
 
     ``fill`` is what an element reads as before it is written: chosen so that it cannot be taken for a result.
     """
@@ -68,6 +68,8 @@ class Schema:
 
 
 def _dtype_matches(found: np.dtype[Any], wanted: str) -> bool:
+    if wanted == "any":
+        return found.kind in "iuf"
     if wanted == "string":
         return found.kind in "UTO"
     return found == np.dtype(wanted)

@@ -20,6 +20,7 @@ from pipeline import plan, store
 from pipeline.graph import stream
 from pipeline.ingest.describe import Description
 from pipeline.ingest.reading import read_frames, read_frames_flagged
+from pipeline.layout import StackLayout, stack_layout
 from pipeline.parts import part_path, read_part, replace_atomically, write_part
 from schemas.errors import SourceError
 from schemas.settings import Settings, Source, Stacks
@@ -217,7 +218,7 @@ def write_stack(
         return damaged
     shape = (cut.shape[0], *description.shape[1:-2], *cut.shape[1:])
     dtype = binned_dtype(description.dtype, cut.binning)
-    layout = store.stack_layout(shape, dtype, shard_megabytes=stacks.shard_megabytes)
+    layout = stack_layout(shape, dtype, shard_megabytes=stacks.shard_megabytes)
     sampling = description.sampling * cut.binning
     time = np.asarray(description.time[cut.frames[0] : cut.frames[1]], dtype=float)
     # The centre of the first binned pixel, on the detector's own axes.
@@ -248,7 +249,7 @@ def write_stack(
     return int((~good).sum())
 
 
-def _resumes(folder: Path, path: Path, key: str, layout: store.StackLayout) -> bool:
+def _resumes(folder: Path, path: Path, key: str, layout: StackLayout) -> bool:
     """Whether an ingest of the same files, calibration and cut, into the same shards, was interrupted here."""
     if store.kind_of(path) != "stack" or not (folder / DESCRIPTION).exists():
         return False
