@@ -68,10 +68,18 @@ def _expand(pattern: str, ignored: dict[Path, str]) -> list[Path]:
         base = Path(*fixed) if fixed else Path()
         if not found:
             raise SourceError(f"{pattern}: no file matches. Expected a file, a folder, or a pattern that matches some.")
-        return _claim([item for item in found if not (item.is_dir() and not is_zarr(item))], base, ignored)
+        deep = "**" in path.parts
+        return _claim([file for item in found for file in _contents(item, deep)], base, ignored)
     near = difflib.get_close_matches(path.name, [item.name for item in _siblings(path)], n=1)
     remedy = f" Did you mean {near[0]!r}?" if near else f" Paths are relative to {Path.cwd()}."
     raise SourceError(f"{pattern}: no such file or folder.{remedy}")
+
+
+def _contents(path: Path, deep: bool) -> list[Path]:
+    """A file itself; a folder that a pattern matches stands for its files, unless ** finds those by itself."""
+    if not path.is_dir() or is_zarr(path):
+        return [path]
+    return [] if deep else [item for item in _natural(path.iterdir()) if not item.is_dir() or is_zarr(item)]
 
 
 def _first_magic(path: Path) -> int:

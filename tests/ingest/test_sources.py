@@ -53,6 +53,13 @@ def test_a_pattern_and_a_list_give_the_same_movie_as_the_folder(write: SimpleNam
     assert discover([*listed, tmp_path / "growth"]) == by_folder
 
 
+def test_a_pattern_of_folders_is_one_movie_per_folder(write: SimpleNamespace, tmp_path: Path) -> None:
+    for name in ("run_2", "run_10"):
+        frames_of(tmp_path / name, write.movie(3), [1, 2, 3])
+    found = discover([str(tmp_path / "run_*")])
+    assert [(files.name, len(files.paths)) for files in found.movies] == [("run_2", 3), ("run_10", 3)]
+
+
 def test_multi_frame_files_are_one_movie_each(write: SimpleNamespace, tmp_path: Path) -> None:
     frames_of(tmp_path, write.movie(2), [1, 2])
     np.save(tmp_path / "run_10.npy", write.movie(3))
