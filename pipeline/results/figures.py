@@ -136,7 +136,11 @@ def histogram_figure(summary: ColumnSummary) -> Markup:
         right.set_xscale("log")
         filled = np.flatnonzero((summary.error_y + summary.error_x)[1:-1])
         if filled.size:
-            right.set_xlim(shown[max(filled[0] - 3, 0)], shown[min(filled[-1] + 4, len(shown) - 1)])
+            low, high = shown[filled[0]], shown[filled[-1] + 1]
+            widen = max(1.15, np.sqrt(6 * low / high))  # at least a factor of six, so that some ticks have labels
+            right.set_xlim(low / widen, high * widen)
+        for axes in (left, right):
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         right.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
         right.set_xlabel("standard error of a position / Å")

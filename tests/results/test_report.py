@@ -193,6 +193,17 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     assert "no ledger beside this run" in text
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_run_whose_tables_are_not_written(tmp_path: Path, rows: int) -> None:
+    path = tmp_path / "new.zarr"
+    store.create_run(path, {"movie": "new"})
+    store.create_table(path, FRAMES, rows, sizes={"species_class": 1}, coordinates={"species_class": ["unknown"]})
+    text = _page(report(path)).text
+    assert f"0 of {rows} frames are measured." in text
+    assert "columns found 0" in text
+    assert "nothing has been computed for the frame yet" in text
+
+
 @pytest.mark.parametrize("counts", [(4,), (0, 0), (-1, -1, -1), (-1,), (0,)])
 def test_odd_movies_have_reports(make_run: Callable[..., Path], counts: tuple[int, ...]) -> None:
     path = make_run(counts=counts)
