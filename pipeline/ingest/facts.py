@@ -11,6 +11,7 @@ import numpy as np
 
 from schemas.errors import SourceError
 
+MAX_SIDE = 1 << 20  # [px] no detector has more; a header that says so is damaged
 MAX_ITEMS = 64  # longer lists of the vendor's metadata are summarised
 MAX_TEXT = 4_000  # characters of one text value
 MAX_LEAVES = 20_000  # values of one metadata tree

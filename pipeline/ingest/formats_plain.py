@@ -11,11 +11,11 @@ import mrcfile
 import numpy as np
 
 from pipeline.ingest import records
-from pipeline.ingest.facts import Clock, Facts, Spacing, json_able, plain_dtype, positive
+from pipeline.ingest.facts import MAX_SIDE, Clock, Facts, Spacing, json_able, plain_dtype, positive
 from schemas.errors import SourceError
 
 FEI_HEADERS = (b"FEI1", b"FEI2")
-MAX_SIDE, MAX_FRAMES = 1 << 20, 10_000_000  # beyond these a header is no header
+MAX_FRAMES = 10_000_000  # beyond this a header is no header
 MRC_MODES = {0: "i1", 1: "i2", 2: "f4", 4: "c8", 6: "u2", 12: "f2"}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.ingest import records
-from pipeline.ingest.facts import Clock, Facts, Spacing, json_able, plain_dtype, positive
+from pipeline.ingest.facts import MAX_SIDE, Clock, Facts, Spacing, json_able, plain_dtype, positive
 from schemas.errors import SourceError
 
 MAIN = np.dtype(
@@ -105,7 +105,7 @@ def _header(path: Path) -> dict[str, Any]:
         raise SourceError(f"{first}: ends within its header; no frame can be recovered.")
     main = raw[0]
     usable = int(main["version"]) in (1, 2) and int(main["bitsperpixel"]) in (8, 16, 32)
-    if not usable or not 0 < int(main["dimx"]) <= 1 << 20 or not 0 < int(main["dimy"]) <= 1 << 20:
+    if not usable or not 0 < int(main["dimx"]) <= MAX_SIDE or not 0 < int(main["dimy"]) <= MAX_SIDE:
         shown = {name: int(main[name]) for name in ("version", "dimx", "dimy", "bitsperpixel")}
         raise SourceError(f"{first}: is not a TVIPS recording of version 1 or 2 (its header says {shown}).")
     return {"main": main, "offset": int(main["size"]) if first == path else 0}

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.ingest import calibration
 from pipeline.ingest.calibration import Findings, SourceOverrides
-from pipeline.ingest.facts import Clock, Facts
+from pipeline.ingest.facts import MAX_SIDE, Clock, Facts
 from pipeline.ingest.readers import inspect
 from schemas.errors import SourceError
 
@@ -48,6 +48,8 @@ def agreeing(members: list[Member]) -> Facts:
     if not known:
         raise SourceError(f"{members[0].path}: no file of the movie can be read: {members[0].problem}")
     path, first = known[0]
+    if max(first.plane) > MAX_SIDE:
+        raise SourceError(f"{path}: is damaged: it says that its frames have {first.plane[0]} × {first.plane[1]} px.")
     for other, facts in known[1:]:
         if (facts.plane, facts.dtype) != (first.plane, first.dtype):
             raise SourceError(

@@ -270,6 +270,17 @@ def test_damaged_bytes_never_surface_as_a_bug(seed: int, write: SimpleNamespace,
             assert path.name in str(error)
 
 
+def test_frames_of_impossible_size(write: SimpleNamespace, tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", write.movie(1)[0], compression="zlib", metadata=None)
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        at = file.pages.first.tags["ImageLength"].valueoffset
+    with (tmp_path / "a.tif").open("r+b") as raw:
+        raw.seek(at)
+        raw.write((0x70000000).to_bytes(4, "little"))
+    with pytest.raises(SourceError, match=r"a\.tif"):
+        one(tmp_path / "a.tif")
+
+
 def test_a_file_that_vanished(tmp_path: Path) -> None:
     gone = tmp_path / "gone.mrc"
     with pytest.raises(SourceError, match=r"gone\.mrc: no such file"):
