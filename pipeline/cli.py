@@ -297,7 +297,7 @@ def query(
     elif form == "csv":
         export.write_csv(answer, sys.stdout)
     elif form == "table":
-        out.print(export.as_text(answer), markup=False)
+        out.print(export.as_text(answer, limit=limit), markup=False)
     else:
         raise SettingsError(f"--format {form} needs a file; add -o FILE")
 
@@ -306,11 +306,16 @@ def query(
 def report(
     path: Annotated[Path, typer.Argument(help="a run, or a folder of runs")],
     output: OutputOption = None,
+    frames: Annotated[str | None, typer.Option(help="frames to show, separated by commas")] = None,
 ) -> None:
     """Write one self-contained HTML page per run."""
     from pipeline.results.report import report as write
 
-    out.print(f"wrote {write(path, output)}", markup=False)
+    try:
+        shown = [int(frame) for frame in frames.split(",")] if frames else None
+    except ValueError:
+        raise SettingsError(f"--frames {frames!r}; expected frame numbers separated by commas, such as 0,17") from None
+    out.print(f"wrote {write(path, output, frames=shown)}", markup=False)
 
 
 @app.command()
