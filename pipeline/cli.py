@@ -279,6 +279,7 @@ def query(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="file to write; csv may go to the screen")
     ] = None,
+    limit: Annotated[int, typer.Option(help="most rows that --format table shows")] = 20,
 ) -> None:
     """Rows of a run that meet a condition: colonnade query RUN "column_count > 50 and snr > 2"."""
     from pipeline.results import export
