@@ -31,6 +31,10 @@ Bool = NDArray[np.bool_]
 
 _TAU = 2 * np.pi
 _NEWTON_STEPS = 3
+# What covers more of the field than the rest of this is never limited.
+_COMMON = 0.9
+# Electrons have Poisson noise, of which the detector's transfer leaves at least so much in power.
+_LEAST_NOISE = 0.05
 
 
 def pair_list(n_frames: int, *, start: int, stop: int, lags: Sequence[int]) -> Integer:
@@ -87,9 +91,10 @@ def _mean_power(frames: list[torch.Tensor], window: torch.Tensor) -> torch.Tenso
 
 
 def _limited(frame: torch.Tensor, wiener: torch.Tensor, limit: float) -> torch.Tensor:
-    """Return the frame less what of its filtered image is beyond `limit` times its rms; its noise stays as it is."""
+    """Return the frame less what of its filtered image is out of bounds (see `pair_shifts`); its noise stays."""
     image = torch.fft.irfft2(torch.fft.rfft2(frame - frame.mean()) * wiener, s=frame.shape)
-    bound = limit * float(image.double().square().mean().sqrt())
+    few = image[::4, ::4].abs().ravel()
+    bound = limit * float(torch.kthvalue(few, max(1, int(_COMMON * len(few)))).values)
     excess: torch.Tensor = image - image.clamp(-bound, bound)
     return frame - excess
 
@@ -105,7 +110,7 @@ def _noise_power(power: torch.Tensor, radius: torch.Tensor, poisson: float) -> t
     groups = torch.split(power.ravel()[order], counts.tolist())
     median: torch.Tensor = torch.stack([group.median() if len(group) else power.median() for group in groups])
     floor = float(median[-max(1, len(median) // 8) :].mean())
-    floor = max(floor, 1e-12 * float(power.max()), 1e-30)
+    floor = max(floor, _LEAST_NOISE * poisson, 1e-12 * float(power.max()), 1e-30)
     return median.clamp(min=floor, max=max(poisson, floor))[ring].reshape(power.shape)
 
 
@@ -134,8 +139,8 @@ def pair_shifts(
     frames: (n, y, x) [electrons]; pairs: (m, 2) indices into frames; good: (n,), frames that may be used.
     weight: from `spectral_weight`, of the movie. candidates: how many maxima to keep per pair.
     max_shift: largest shift looked for, as a part of the field. taper: as in `spectral_weight`.
-    limit: bound on what stands out of a frame, in rms of its filtered image, so that one bright object that changes (an
-    impurity, a moving particle) does not drown the lattice or the support.
+    limit: bound on what stands out of a frame, in units of the amplitude that 90 % of its filtered image stays below,
+    so that a small bright object that changes (an impurity, a cluster) does not drown the lattice or the support.
     Returns float64 arrays: dy, dx (m, candidates) [px], best first by height; height (m, candidates), the weighted
     coherence (1 for equal frames, about 0 for unrelated ones); loglik (m, candidates), log-likelihood relative to the
     best, calibrated by the scatter of the phases; dy_err, dx_err (m,) [px], standard errors of the best. Missing
