@@ -15,8 +15,9 @@ import xarray as xr
 import yaml
 
 from cluster import connect
+from pipeline.ledger import read_records
 from pipeline.networks.weights import build, save_weights
-from pipeline.run import run
+from pipeline.story import run
 from schemas.jobfile import validate
 from schemas.profiles import Profile
 
@@ -38,10 +39,10 @@ def lattice(shape, *, frames=12, seed=0, dose=20.0, drift=(0.23, -0.31), spacing
     y, x = (np.arange(n, dtype=float) for n in shape)
     counts = np.empty((frames, *shape), np.uint16)
     for t in range(frames):
-        down, across = (
-            np.exp(-0.5 * ((a[None] - (sites + path[t])[:, k, None]) / 2.4) ** 2) for k, a in ((0, y), (1, x))
-        )
-        counts[t] = rng.poisson(dose * (0.6 + 1.5 * (down * weight[:, None]).T @ across))
+        gaussians = [
+            np.exp(-0.5 * ((a[None] - (sites + path[t])[:, k, None]) / 2.4) ** 2) for k, a in enumerate((y, x))
+        ]
+        counts[t] = rng.poisson(dose * (0.6 + 1.5 * (gaussians[0] * weight[:, None]).T @ gaussians[1]))
     return counts, path
 
 
@@ -151,3 +152,30 @@ def fresh(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
+
+
+def records(output: Path) -> list[dict]:
+    """All records of a job's ledgers, oldest first."""
+    return [record for folder in sorted((output / "ledger").glob("*/")) for record in read_records(folder)]
+
+
+def computed(output: Path) -> list[tuple[str, int, int, str]]:
+    """(step, first, end, fingerprint) of every block that was computed, in order, repeats included."""
+    return [
+        (record["step"], record["start"], record["stop"], record["fingerprint"])
+        for record in records(output)
+        if record["kind"] == "block" and record["status"] == "done" and not record.get("adopted")
+    ]
+
+
+def matched(columns: xr.Dataset, other: xr.Dataset, *, within: float) -> float:
+    """Share of columns that have a column of the other table within so many Å in the same frame."""
+    hits = 0
+    for frame in np.unique(columns["frame"]):
+        ours, theirs = (
+            np.stack([table[axis].values[table["frame"].values == frame] for axis in ("y", "x")], 1)
+            for table in (columns, other)
+        )
+        if len(theirs):
+            hits += int((np.linalg.norm(ours[:, None] - theirs[None], axis=2).min(1) <= within).sum())
+    return hits / columns.sizes["column"]
