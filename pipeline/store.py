@@ -21,7 +21,6 @@ import xarray as xr
 import zarr
 
 from pipeline.layout import LARGE_CHUNK, StackLayout, ome_metadata, plain_json, pyramid_levels
-from pipeline.layout import stack_layout  # noqa: F401  (part of this module for its callers)
 from schemas.conventions import ANGSTROM, DIMENSIONLESS, SCHEMA_VERSION, SECOND
 from schemas.errors import SchemaError, SettingsError, SourceError
 from schemas.stack import STACK

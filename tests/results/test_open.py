@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import store
+from pipeline.layout import stack_layout
 from pipeline.results import open as opening
 from schemas.errors import SchemaError
 
@@ -45,7 +46,7 @@ def test_a_foreign_store_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_stack_is_not_a_run(tmp_path: Path) -> None:
-    layout = store.stack_layout((2, 8, 8), "uint16", shard_megabytes=1)
+    layout = stack_layout((2, 8, 8), "uint16", shard_megabytes=1)
     attributes = {"sampling": 0.2}
     store.create_stack(
         tmp_path / "s.zarr", shape=(2, 8, 8), dtype="uint16", time=np.arange(2.0), sampling=0.2, layout=layout,

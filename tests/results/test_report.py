@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline import store
+from pipeline.layout import stack_layout
 from pipeline.results import montage, summary
 from pipeline.results.examples import Example, examples
 from pipeline.results.figures import thin
@@ -285,7 +286,7 @@ def test_the_nearest_example_stands_in_for_a_frame(run_path: Path) -> None:
 def test_any_frame_can_be_shown_while_its_pixels_are_kept(run_path: Path) -> None:
     counts = np.random.default_rng(4).poisson(5, (6, 40, 48)).astype("uint16")
     stack = run_path.parent / "stacks" / "movie.zarr"
-    layout = store.stack_layout(counts.shape, counts.dtype, shard_megabytes=1)
+    layout = stack_layout(counts.shape, counts.dtype, shard_megabytes=1)
     common = {"sampling": 0.2, "origin": (1.0, 2.0)}
     store.create_stack(
         stack, shape=counts.shape, dtype=counts.dtype, time=np.arange(6.0), layout=layout,
