@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -216,8 +216,7 @@ def template(sources: Sequence[str] = ("movie.tif",), output: str = "results") -
     lines += ["movies:"] + [f"  - source: {yaml.safe_dump(source).splitlines()[0]}" for source in sources]
     lines += ["    # set: {source.sampling: 0.17}   # settings of this movie alone", f"output: {output}", ""]
     for section, field in Settings.model_fields.items():
-        model = field.annotation
-        assert isinstance(model, type) and issubclass(model, BaseModel)
+        model = cast(type[BaseModel], field.annotation)
         lines += [f"{section}:  # {(model.__doc__ or '').splitlines()[0]}"]
         for name, setting in model.model_fields.items():
             default = setting.get_default()
