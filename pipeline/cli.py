@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shlex
@@ -52,6 +53,9 @@ def main() -> None:
     except typer.Abort:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            console.print(f"ResourceError: {error}; make room or choose another folder, then repeat", markup=False)
+            sys.exit(SITE)
         if type(error).__module__.startswith(("click", "typer")):
             message = error.format_message() if hasattr(error, "format_message") else str(error)
             console.print(message, markup=False)
@@ -119,19 +123,24 @@ class _Signals:
         self.number = 0
 
     def __enter__(self) -> _Signals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.stop.is_set():
             os._exit(128 + number)
         self.number = number
         self.stop.set()
+
+
+def _without_redo(words: list[str]) -> list[str]:
+    """A command line without ``--redo STEP``: what was redone before the stop is not redone again."""
+    kept = [word for i, word in enumerate(words) if word != "--redo" and words[max(0, i - 1)] != "--redo"]
+    return [word for word in kept if not word.startswith("--redo=")]
 
 
 @app.command()
@@ -154,7 +163,7 @@ def run(
     if redo is not None and redo not in plan.STEPS:
         raise SettingsError(f"--redo {redo!r} is no step; expected one of: {', '.join(plan.STEPS)}")
     profile = load_profile(cluster)
-    again = shlex.join([word for word in sys.argv if not word.startswith("--redo") and word != redo])
+    again = shlex.join(_without_redo(sys.argv))
     with _logs(job.output), _Signals() as signals:
         logging.getLogger("colonnade").info("run: %s", shlex.join(sys.argv))
         try:
@@ -247,6 +256,7 @@ def ingest(
 ) -> None:
     """Copy movies into chunked, calibrated Zarr stacks: colonnade ingest SOURCE… STACK.zarr."""
     from cluster import connect
+    from pipeline.graph import Stopped
     from pipeline.preflight import ingest_all
     from pipeline.progress import display
     from schemas.profiles import load_profile
@@ -256,7 +266,14 @@ def ingest(
     target = Path(sources[-1])
     job = _job(sources[:-1], target.parent, [f"source.on_error={on_error}", *(overrides or [])])
     with connect(load_profile(cluster)) as client, display(console) as progress, _Signals() as signals:
-        lines, bad = ingest_all(job, target, client=client, progress=progress, stop=signals.stop)
+        try:
+            lines, bad = ingest_all(job, target, client=client, progress=progress, stop=signals.stop)
+        except Stopped:
+            again = shlex.join(sys.argv)
+            console.print(
+                f"stopped by signal {signals.number}; what is done is kept. To go on:\n  {again}", markup=False
+            )
+            raise typer.Exit(128 + signals.number) from None
     for line in lines:
         out.print(line, markup=False)
     raise typer.Exit(QUARANTINED if bad else DONE)

@@ -28,11 +28,11 @@ from pipeline.ingest.to_stack import (
 )
 from pipeline.job import PlannedMovie, Progress, movies_of, overrides_of
 from pipeline.layout import stack_layout
-from pipeline.ledger import Ledger
+from pipeline.ledger import Lease, Ledger
 from pipeline.networks.weights import load_weights
 from pipeline.prepare import PRETRAINED
 from pipeline.steps import denoise, segment
-from schemas.errors import ColonnadeError, ResourceError, SettingsError
+from schemas.errors import ColonnadeError, ResourceError, SettingsError, SourceError
 from schemas.settings import Job, Settings
 
 TRIAL_EDGE = 256
@@ -201,8 +201,21 @@ def ingest_all(
         raise SettingsError(
             f"{target} is one stack, but the sources hold {len(movies)} movies ({names}); name a folder"
         )
+    guard = target.parent / f".{target.name}.lease"
+    with Lease(guard):
+        damaged = _ingest_each(movies, target, lines, client=client, progress=progress, stop=stop)
+    shutil.rmtree(guard, ignore_errors=True)
+    return lines, damaged
+
+
+def _ingest_each(
+    movies: list[PlannedMovie], target: Path, lines: list[str], *, client: Client | None, progress: Progress,
+    stop: threading.Event,
+) -> int:  # fmt: skip
     damaged = 0
     for movie in movies:
+        if movie.files.reader == "stack":
+            raise SourceError(f"{movie.files.paths[0]} is a stack already; run it as it is")
         path = target if target.suffix == ".zarr" else target / f"{movie.name}.zarr"
         path.parent.mkdir(parents=True, exist_ok=True)
         description = describe(movie.files, overrides_of(movie.settings))
@@ -216,4 +229,4 @@ def ingest_all(
         flagged = f", {bad} damaged frames flagged" if bad else ""
         lines.append(f"{_fact(description)}{flagged} -> {path}")
         lines += [f"  {note}" for note in description.notes]
-    return lines, damaged
+    return damaged

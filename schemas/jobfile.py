@@ -134,24 +134,27 @@ def _resolve_paths(job: Job, folder: Path) -> Job:
     def resolved(source: str) -> str:
         return str(folder / Path(source).expanduser())
 
-    movies = tuple(
-        entry.model_copy(
-            update={
-                "source": resolved(entry.source)
-                if isinstance(entry.source, str)
-                else tuple(resolved(source) for source in entry.source)
-            }
-        )
-        for entry in job.movies
+    def moved(entry: MovieEntry) -> MovieEntry:
+        source = entry.source
+        sources = resolved(source) if isinstance(source, str) else tuple(resolved(each) for each in source)
+        own = {name: _resolve_files(value, folder) for name, value in _nested(entry.set).items()}
+        return entry.model_copy(update={"source": sources, "set": own})
+
+    changed = _resolve_files(job.model_dump(include=set(Settings.model_fields)), folder)
+    return Job.model_validate(
+        {**changed, "movies": [moved(entry) for entry in job.movies], "output": folder / job.output.expanduser()}
     )
-    maps = {name: folder / value for name in ("dark", "gain") if (value := getattr(job.detector, name)) is not None}
-    return job.model_copy(
-        update={
-            "movies": movies,
-            "output": folder / job.output.expanduser(),
-            "detector": job.detector.model_copy(update=maps),
-        }
-    )
+
+
+def _resolve_files(data: Any, folder: Path, name: str = "") -> Any:
+    """Settings with absolute paths: of detector maps always, of weights where such a file lies below ``folder``."""
+    if isinstance(data, Mapping):
+        return {key: _resolve_files(value, folder, str(key)) for key, value in data.items()}
+    if name in ("dark", "gain") and isinstance(data, str | Path):
+        return folder / Path(data).expanduser()
+    if name in ("weights", "model") and isinstance(data, str) and (folder / data).is_file():
+        return str(folder / data)
+    return data
 
 
 def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
@@ -182,20 +185,22 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings_for(job: Job, entry: MovieEntry) -> Settings:
     """The resolved settings of one movie: the job's, with the entry's own on top."""
-    sections = set(Settings.model_fields)
-    base = job.model_dump(include=sections)
-    flat = {key: value for key, value in entry.set.items() if "." in key}
-    nested = {key: value for key, value in entry.set.items() if "." not in key}
-    over = _merge(nested, {})
-    for key, value in flat.items():
+    base = job.model_dump(include=set(Settings.model_fields))
+    try:
+        return Settings.model_validate(_merge(base, _nested(entry.set)))
+    except ValidationError as error:
+        raise SettingsError("; ".join(_sentence(dict(problem), {}) for problem in error.errors())) from None
+
+
+def _nested(data: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"section.key": value}`` as nested settings; what is nested already stays."""
+    over: dict[str, Any] = {}
+    for key, value in data.items():
         leaf: Any = value
         for part in reversed(key.split(".")):
             leaf = {part: leaf}
         over = _merge(over, leaf)
-    try:
-        return Settings.model_validate(_merge(base, over))
-    except ValidationError as error:
-        raise SettingsError("; ".join(_sentence(dict(problem), {}) for problem in error.errors())) from None
+    return over
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -197,11 +197,19 @@ class Settings(Section):
     images: Images = Images()
 
 
+def _check_name(name: str | None) -> str | None:
+    if name is not None and (not name.strip() or name.startswith(".") or set(name) & set("/\\\0")):
+        raise ValueError(f"name {name!r} cannot be a file name; expected one without slashes and leading dots")
+    return name
+
+
 class MovieEntry(Section):
     """One or several movies with settings of their own."""
 
     source: str | tuple[str, ...] = Field(description="file, folder or glob")
-    name: str | None = Field(None, description="name of the movie in the output folder")
+    name: Annotated[str | None, AfterValidator(_check_name)] = Field(
+        None, description="name of the movie in the output folder"
+    )
     set: dict[str, Any] = Field(default_factory=dict, description="settings that differ for this movie, section.key")
 
 
