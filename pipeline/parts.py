@@ -56,7 +56,7 @@ def write_part(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, 
 def read_part(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Arrays and record of a part; the archive's CRCs are checked on the way. A damaged one is a ``SchemaError``."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name != _META}
             meta: dict[str, Any] = json.loads(bytes(file[_META]))
     except FileNotFoundError:
@@ -71,7 +71,7 @@ def read_part(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def read_meta(path: Path) -> dict[str, Any] | None:
     """The record of a part alone, or None where there is no readable part."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             meta: dict[str, Any] = json.loads(bytes(file[_META]))
             return meta
     except _DAMAGE:
