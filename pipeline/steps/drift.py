@@ -21,6 +21,15 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.steps.drift_solve import DriftPath, solve_path
+from pipeline.steps.drift_weight import (
+    frequencies,
+    limited,
+    multiplicity,
+    spectral_weight,
+    spectrum,
+    tensor,
+    window_of,
+)
 
 __all__ = ["DriftPath", "common_field", "pair_list", "pair_shifts", "solve_path", "spectral_weight", "whole_pixels"]
 
@@ -31,10 +40,6 @@ Bool = NDArray[np.bool_]
 
 _TAU = 2 * np.pi
 _NEWTON_STEPS = 3
-# What covers more of the field than the rest of this is never limited.
-_COMMON = 0.9
-# Electrons have Poisson noise, of which the detector's transfer leaves at least so much in power.
-_LEAST_NOISE = 0.05
 
 
 def pair_list(n_frames: int, *, start: int, stop: int, lags: Sequence[int]) -> Integer:
@@ -44,82 +49,6 @@ def pair_list(n_frames: int, *, start: int, stop: int, lags: Sequence[int]) -> I
     """
     pairs = [(t, t + lag) for t in range(start, min(stop, n_frames)) for lag in sorted(set(lags)) if t + lag < n_frames]
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
-
-
-def spectral_weight(
-    sample: Float, *, band: tuple[float, float], taper: float, change: float, limit: float, device: str = "cpu"
-) -> Float:
-    """Learn from a sample of the movie how to weigh its spatial frequencies.
-
-    sample: (time, y, x) frames spread over the movie [electrons], finite.
-    band: (low, high) [cycles/px]: half-points of the smooth limits; low keeps uneven illumination out.
-    taper: part of the field on each side over which the window falls to zero.
-    change: part of the signal that differs between frames for other reasons than drift; it counts as noise, which turns
-    the weights from a matched filter (0) towards phase correlation.
-    limit: see `pair_shifts`.
-    Returns (2, y, x // 2 + 1) float32 in rfft2 layout: the weights of the cross-power, normalised so that a frame
-    correlates with itself to about 1, and the Wiener filter S/(S + N) that shows what of a frame is not noise.
-    """
-    if len(sample) == 0:
-        raise ValueError("spectral_weight got no frames; it needs at least one good frame of the movie")
-    shape = (sample.shape[1], sample.shape[2])
-    window = _window(shape, taper, device)
-    ky, kx = _frequencies(shape, device)
-    radius = torch.sqrt(ky[:, None] ** 2 + kx[None, :] ** 2)
-    limits = torch.exp(-np.log(2) * (radius / band[1]) ** 8) * (1 - torch.exp(-np.log(2) * (radius / band[0]) ** 2))
-    frames = [_tensor(frame, device) for frame in sample]
-    power = _mean_power(frames, window)
-    noise = _noise_power(power, radius, max(float(np.mean(sample)), 0.0) * float((window**2).sum()))
-    signal = (power - noise * (1 + len(sample) ** -0.5)).clamp(min=0)
-    wiener = (limits * signal / (signal + noise)).to(torch.float32)
-    power = _mean_power([_limited(frame, wiener, limit) for frame in frames], window)
-    signal = (power - noise * (1 + len(sample) ** -0.5)).clamp(min=0)
-    noise = noise + change * signal
-    weight = signal / (noise * (noise + 2 * signal)) * limits
-    if not float(weight.max()) > 0:
-        weight = limits / noise
-    weight = torch.where(weight > 1e-5 * weight.max(), weight, 0.0)
-    weight = weight / (_multiplicity(shape, device) * weight * power).sum()
-    return np.asarray(torch.stack([weight.to(torch.float32), wiener]).cpu().numpy())
-
-
-def _mean_power(frames: list[torch.Tensor], window: torch.Tensor) -> torch.Tensor:
-    power = torch.zeros(window.shape[0], window.shape[1] // 2 + 1, dtype=torch.float64, device=window.device)
-    for frame in frames:
-        power += _spectrum(frame, window).abs().double() ** 2
-    return _smooth(power / len(frames))
-
-
-def _limited(frame: torch.Tensor, wiener: torch.Tensor, limit: float) -> torch.Tensor:
-    """Return the frame less what of its filtered image is out of bounds (see `pair_shifts`); its noise stays."""
-    image = torch.fft.irfft2(torch.fft.rfft2(frame - frame.mean()) * wiener, s=frame.shape)
-    few = image[::4, ::4].abs().ravel()
-    bound = limit * float(torch.kthvalue(few, max(1, int(_COMMON * len(few)))).values)
-    excess: torch.Tensor = image - image.clamp(-bound, bound)
-    return frame - excess
-
-
-def _noise_power(power: torch.Tensor, radius: torch.Tensor, poisson: float) -> torch.Tensor:
-    """Return the noise power at each frequency: the median of its ring, but neither above Poisson nor below the floor.
-
-    Lattice peaks do not move the median; of what fills a ring (amorphous film) all that exceeds Poisson is signal.
-    """
-    ring = (radius * 2 * max(power.shape)).round().long().clamp(max=max(power.shape)).ravel()
-    order = torch.argsort(ring, stable=True)
-    counts = torch.bincount(ring)
-    groups = torch.split(power.ravel()[order], counts.tolist())
-    median: torch.Tensor = torch.stack([group.median() if len(group) else power.median() for group in groups])
-    floor = float(median[-max(1, len(median) // 8) :].mean())
-    floor = max(floor, _LEAST_NOISE * poisson, 1e-12 * float(power.max()), 1e-30)
-    return median.clamp(min=floor, max=max(poisson, floor))[ring].reshape(power.shape)
-
-
-def _smooth(power: torch.Tensor) -> torch.Tensor:
-    """Binomial 3 × 3 mean in rfft2 layout: periodic in y; column −1 is column 1 with y reversed."""
-    flipped = torch.roll(torch.flip(power, [0]), 1, 0)
-    wide = torch.cat([flipped[:, 1:2], power, flipped[:, -2:-1] if power.shape[1] > 1 else power], dim=1)
-    wide = (wide[:, :-2] + 2 * wide[:, 1:-1] + wide[:, 2:]) / 4
-    return (torch.roll(wide, 1, 0) + 2 * wide + torch.roll(wide, -1, 0)) / 4
 
 
 def pair_shifts(
@@ -150,8 +79,8 @@ def pair_shifts(
     shapes = dict.fromkeys(("dy", "dx", "height", "loglik"), (len(pairs), candidates))
     shapes |= dict.fromkeys(("dy_err", "dx_err"), (len(pairs), 1))
     result: dict[str, Double] = {name: np.full(size, np.nan) for name, size in shapes.items()}
-    correlator = _Correlator((frames.shape[1], frames.shape[2]), weight[0], taper, device)
-    wiener = _tensor(weight[1], device)
+    correlator = _Correlator((frames.shape[1], frames.shape[2]), weight, taper, device)
+    wiener = tensor(weight[1], device)
     known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for row, (i, j) in enumerate(pairs):
         if not (good[i] and good[j]):
@@ -160,8 +89,8 @@ def pair_shifts(
             del known[index]
         for index in (int(i), int(j)):
             if index not in known:
-                frame = _limited(_tensor(frames[index], device), wiener, limit)
-                known[index] = frame, _spectrum(frame, correlator.window)
+                frame = limited(tensor(frames[index], device), wiener, limit)
+                known[index] = frame, spectrum(frame, correlator.window)
         first, second = known[int(i)], known[int(j)]
         measured = correlator.measure(first[1], second[1], second[0], candidates=candidates, max_shift=max_shift)
         for name, value in measured.items():
@@ -182,17 +111,18 @@ class _Correlator:
 
     def __init__(self, shape: tuple[int, int], weight: Float, taper: float, device: str) -> None:
         self.shape = shape
-        self.window = _window(shape, taper, device)
-        self.weight = _tensor(weight, device)
+        self.window = window_of(shape, taper, device)
+        self.weight = tensor(weight[0], device)
         # The window correlates neighbouring frequencies, so fewer are independent than there are.
         square = self.window.double() ** 2
         self.redundancy = float(square.numel() * (square**2).sum() / square.sum() ** 2)
-        ky, kx = _frequencies(shape, device)
+        ky, kx = frequencies(shape, device)
         self.rows = torch.nonzero(self.weight.amax(dim=1) > 0).ravel()
         self.columns = torch.nonzero(self.weight.amax(dim=0) > 0).ravel()
         self.ky, self.kx = _TAU * ky[self.rows].float(), _TAU * kx[self.columns].float()
-        full = self.weight * _multiplicity(shape, device).float()
+        full = self.weight * multiplicity(shape, device).float()
         self.active = full[self.rows][:, self.columns].contiguous()
+        self.noise = tensor(weight[2], device)[self.rows][:, self.columns].double()
 
     def measure(
         self, first: torch.Tensor, second: torch.Tensor, frame: torch.Tensor, *, candidates: int, max_shift: float
@@ -206,17 +136,15 @@ class _Correlator:
         whole = torch.round(positions[0])
         moved = second
         if bool(whole.any()):
-            moved = _spectrum(_moved(frame, int(whole[0]), int(whole[1])), self.window)
+            moved = spectrum(_moved(frame, int(whole[0]), int(whole[1])), self.window)
             cross = self._crop(first, moved)
         rest, peak = self._climb(cross, (positions[0] - whole)[None])
-        scale, error = self._scatter(cross, rest, peak)
+        power = (self._power(first) + self._power(moved)) / 2
+        scale, error = self._scatter(cross, rest, peak, power)
         # A maximum that runs away with the moved window was none; its first measurement then stays.
         if float((rest[0] + whole - positions[0]).abs().max()) < 1:
             positions[0] = rest[0] + whole
-        norm = torch.sqrt(
-            (self.active * self._crop(first, first, weighted=False).real).sum()
-            * (self.active * self._crop(moved, moved, weighted=False).real).sum()
-        )
+        norm = torch.sqrt((self.active * self._power(first)).sum() * (self.active * self._power(moved)).sum())
         missing = candidates - len(positions)
         pad = [np.nan] * missing
         found = positions.double().cpu().numpy()
@@ -231,9 +159,12 @@ class _Correlator:
             "dx_err": np.array([error[1]]),
         }
 
-    def _crop(self, first: torch.Tensor, second: torch.Tensor, *, weighted: bool = True) -> torch.Tensor:
+    def _crop(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         cross = first[self.rows][:, self.columns].conj() * second[self.rows][:, self.columns]
-        return cross * self.active if weighted else cross
+        return cross * self.active
+
+    def _power(self, spectrum: torch.Tensor) -> torch.Tensor:
+        return spectrum[self.rows][:, self.columns].abs().double() ** 2
 
     def _maxima(self, cross: torch.Tensor, candidates: int, max_shift: float) -> torch.Tensor:
         """Return the highest local maxima (k, 2) [px], on whole pixels, of the correlation within max_shift."""
@@ -284,12 +215,15 @@ class _Correlator:
             peak = self._evaluate(cross, positions)
         return positions, peak
 
-    def _scatter(self, cross: torch.Tensor, position: torch.Tensor, peak: _Peak) -> tuple[float, tuple[float, float]]:
+    def _scatter(
+        self, cross: torch.Tensor, position: torch.Tensor, peak: _Peak, power: torch.Tensor
+    ) -> tuple[float, tuple[float, float]]:
         """Return the factor from correlation to log-likelihood, and the standard errors (y, x) of a maximum [px].
 
         At the maximum the phases scatter about zero; H⁻¹ V H⁻¹ with V from that scatter is the covariance whatever
         the source (shot noise, correlated noise, a changing specimen); H/V makes a log-likelihood of the correlation
-        (White, Econometrica 50, 1982).
+        (White, Econometrica 50, 1982). A lattice has too few phases to tell; the detector's noise, which makes
+        (P N − N²/2) of variance per frequency in frames of power P, is therefore the least that is believed.
         """
         turn = torch.outer(
             torch.polar(torch.ones_like(self.ky), self.ky * position[0, 0]),
@@ -298,8 +232,8 @@ class _Correlator:
         turned = (cross * turn).to(torch.complex128)
         square = turned.imag**2
         ky, kx = self.ky.double(), self.kx.double()
-        mixed = float((square @ kx * ky).sum())
-        v = np.array([[float((square.sum(1) * ky**2).sum()), mixed], [mixed, float((square.sum(0) * kx**2).sum())]])
+        shot = (power * self.noise - self.noise**2 / 2).clamp(min=0) * self.active.double() ** 2
+        v, least = self._moments(square), self._moments(shot)
         h = -peak.hessian[0].double().cpu().numpy()
         if not (h[0, 0] > 0 and np.linalg.det(h) > 0):
             return 0.0, (float("nan"), float("nan"))
@@ -308,33 +242,19 @@ class _Correlator:
         for information in (turned.real * ky[:, None] ** 2, turned.real * kx**2):
             independent = float(information.sum() ** 2 / (information**2).sum()) / self.redundancy
             used.append(1 / (1 - 1 / max(independent, 1.5)))
-        v *= self.redundancy * np.sqrt(np.outer(used, used))
+        raised = np.sqrt(np.maximum(np.array(used), np.diag(least) / np.maximum(np.diag(v), 1e-300)))
+        v *= self.redundancy * np.outer(raised, raised)
         inverse = np.linalg.inv(h)
         covariance = inverse @ v @ inverse
         scale = float(np.trace(h) / max(np.trace(v), 1e-300))
         return scale, (float(np.sqrt(covariance[0, 0])), float(np.sqrt(covariance[1, 1])))
 
-
-def _tensor(array: Float, device: str) -> torch.Tensor:
-    # A copy of its own: transforms may differ in the last bit with the alignment of a view.
-    return torch.tensor(np.asarray(array, dtype=np.float32), device=device)
-
-
-def _window(shape: tuple[int, int], taper: float, device: str) -> torch.Tensor:
-    """Flat window whose edges fall to zero as cos²."""
-    sides = []
-    for n in shape:
-        place = torch.arange(n, dtype=torch.float64) + 0.5
-        distance = torch.minimum(place, n - place)
-        sides.append(torch.sin(0.5 * np.pi * (distance / max(taper * n, 1.0)).clamp(max=1)) ** 2)
-    window: torch.Tensor = torch.outer(sides[0], sides[1]).to(device=device, dtype=torch.float32)
-    return window
-
-
-def _spectrum(frame: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
-    mean = (frame.double() * window).sum() / window.double().sum()
-    spectrum: torch.Tensor = torch.fft.rfft2((frame - mean.float()) * window)
-    return spectrum
+    def _moments(self, variance: torch.Tensor) -> Double:
+        """Return the covariance (2, 2) of the gradient, for the variance of each term of the correlation."""
+        ky, kx = self.ky.double(), self.kx.double()
+        mixed = float((variance @ kx * ky).sum())
+        yy, xx = float((variance.sum(1) * ky**2).sum()), float((variance.sum(0) * kx**2).sum())
+        return np.array([[yy, mixed], [mixed, xx]])
 
 
 def _moved(frame: torch.Tensor, dy: int, dx: int) -> torch.Tensor:
@@ -345,20 +265,6 @@ def _moved(frame: torch.Tensor, dy: int, dx: int) -> torch.Tensor:
         max(0, dy) : height - max(0, -dy), max(0, dx) : width - max(0, -dx)
     ]
     return result
-
-
-def _frequencies(shape: tuple[int, int], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    ky = torch.fft.fftfreq(shape[0], dtype=torch.float64, device=device)
-    return ky, torch.fft.rfftfreq(shape[1], dtype=torch.float64, device=device)
-
-
-def _multiplicity(shape: tuple[int, int], device: str) -> torch.Tensor:
-    """How often each entry of an rfft2 counts in the full plane: (1, x // 2 + 1)."""
-    counts = torch.full((1, shape[1] // 2 + 1), 2.0, dtype=torch.float64, device=device)
-    counts[0, 0] = 1
-    if shape[1] % 2 == 0:
-        counts[0, -1] = 1
-    return counts
 
 
 def whole_pixels(drift: Double) -> Integer:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pipeline.steps import drift
 
 LAGS = (1, 2, 4, 8)
-WEIGHT = {"band": (0.01, 0.35), "taper": 0.25, "change": 0.0, "limit": 1.25}
-PAIRS = {"candidates": 6, "max_shift": 0.25, "taper": 0.25, "limit": 1.25}
+WEIGHT = {"band": (0.01, 0.35), "taper": 0.15, "change": 0.0, "limit": 1.25}
+PAIRS = {"candidates": 6, "max_shift": 0.25, "taper": 0.15, "limit": 1.25}
 SOLVE = {"max_motion": 4.0, "cauchy": 2.5}
 
 
