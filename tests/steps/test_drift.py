@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.steps import drift
+from pipeline.steps import detector, drift
 
 LAGS = (1, 2, 4, 8)
 WEIGHT = {"band": (0.01, 0.35), "taper": 0.15, "change": 0.0, "limit": 1.25}
@@ -296,3 +299,21 @@ def test_the_common_field_is_what_every_frame_sees(steps: list[tuple[float, floa
     for slice_, size, axis in ((rows, shape[0], 0), (columns, shape[1], 1)):
         seen = [p for p in range(size) if all(0 <= p + d <= size - 1 for d in path[:, axis])]
         assert list(range(size))[slice_] == seen
+
+
+DATA = Path(__file__).parents[3] / "shared" / "data" / "movies"
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the folder of real movies {DATA} is not there")
+def test_graphene_with_a_flipping_trimer_never_errs_by_a_lattice_vector() -> None:
+    truth = json.loads((DATA / "Si3_trimer_graphene.json").read_text())["frames"]
+    keep = [i for i, frame in enumerate(truth) if frame["index"] != 22]  # a glitched scan
+    silicon = [[[a["y"], a["x"]] for a in frame["atoms"] if a["species"] == "Si"] for frame in truth]
+    centroid = np.array([np.mean(atoms, axis=0) for atoms in silicon])[keep]
+    frames = tifffile.imread(DATA / "Si3_trimer_graphene.tif")[keep]
+    noise = detector.fit_noise(frames, counts_per_electron=None)
+    _, _, path = measure(detector.to_electrons(frames, noise))
+    deviation = (centroid - centroid.mean(0)) - (path.drift - path.drift.mean(0))
+    assert np.sqrt((deviation**2).mean()) < 0.8
+    assert np.abs(deviation).max() < 4  # the shortest lattice vector is 31 px, the bond 18 px
