@@ -81,7 +81,7 @@ def pair_shifts(
     result: dict[str, Double] = {name: np.full(size, np.nan) for name, size in shapes.items()}
     correlator = _Correlator((frames.shape[1], frames.shape[2]), weight, taper, device)
     wiener = tensor(weight[1], device)
-    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    known: dict[int, _Frame] = {}
     for row, (i, j) in enumerate(pairs):
         if not (good[i] and good[j]):
             continue
@@ -89,13 +89,20 @@ def pair_shifts(
             del known[index]
         for index in (int(i), int(j)):
             if index not in known:
-                frame = limited(tensor(frames[index], device), wiener, limit)
-                known[index] = frame, spectrum(frame, correlator.window)
-        first, second = known[int(i)], known[int(j)]
-        measured = correlator.measure(first[1], second[1], second[0], candidates=candidates, max_shift=max_shift)
+                known[index] = correlator.transform(limited(tensor(frames[index], device), wiener, limit))
+        measured = correlator.measure(known[int(i)], known[int(j)], candidates=candidates, max_shift=max_shift)
         for name, value in measured.items():
             result[name][row] = value
     return {name: value[:, 0] if name.endswith("_err") else value for name, value in result.items()}
+
+
+class _Frame(NamedTuple):
+    """An image (y, x), the columns of its spectrum that have weight, of these the rows that have, and their power."""
+
+    image: torch.Tensor
+    spectrum: torch.Tensor
+    inner: torch.Tensor
+    power: torch.Tensor
 
 
 class _Peak(NamedTuple):
@@ -118,33 +125,36 @@ class _Correlator:
         self.redundancy = float(square.numel() * (square**2).sum() / square.sum() ** 2)
         ky, kx = frequencies(shape, device)
         self.rows = torch.nonzero(self.weight.amax(dim=1) > 0).ravel()
-        self.columns = torch.nonzero(self.weight.amax(dim=0) > 0).ravel()
+        self.columns = slice(0, int(torch.nonzero(self.weight.amax(dim=0) > 0).max()) + 1)
+        self.weight = self.weight[:, self.columns].contiguous()
         self.ky, self.kx = _TAU * ky[self.rows].float(), _TAU * kx[self.columns].float()
-        full = self.weight * multiplicity(shape, device).float()
-        self.active = full[self.rows][:, self.columns].contiguous()
-        self.noise = tensor(weight[2], device)[self.rows][:, self.columns].double()
+        self.active = (self.weight * multiplicity(shape, device)[:, self.columns].float())[self.rows]
+        self.noise = tensor(weight[2], device)[self.rows, self.columns].double()
 
-    def measure(
-        self, first: torch.Tensor, second: torch.Tensor, frame: torch.Tensor, *, candidates: int, max_shift: float
-    ) -> dict[str, Double]:
-        """Return the row of `pair_shifts` for spectra `first`, `second`; `frame` is the second one in real space."""
-        positions = self._maxima(first.conj() * second * self.weight, candidates, max_shift)
-        cross = self._crop(first, second)
+    def transform(self, image: torch.Tensor) -> _Frame:
+        """Return what the pairs of a frame need of it."""
+        columns = spectrum(image, self.window)[:, self.columns].contiguous()
+        inner = columns[self.rows]
+        return _Frame(image, columns, inner, (inner.real.square() + inner.imag.square()).double())
+
+    def measure(self, first: _Frame, second: _Frame, *, candidates: int, max_shift: float) -> dict[str, Double]:
+        """Return the row of `pair_shifts` for two frames."""
+        positions = self._maxima(first.spectrum.conj() * second.spectrum * self.weight, candidates, max_shift)
+        cross = first.inner.conj() * second.inner * self.active
         positions, peak = self._climb(cross, positions)
         order = torch.argsort(peak.value, descending=True, stable=True)
         positions, value = positions[order], peak.value[order]
         whole = torch.round(positions[0])
         moved = second
         if bool(whole.any()):
-            moved = spectrum(_moved(frame, int(whole[0]), int(whole[1])), self.window)
-            cross = self._crop(first, moved)
+            moved = self.transform(_moved(second.image, int(whole[0]), int(whole[1])))
+            cross = first.inner.conj() * moved.inner * self.active
         rest, peak = self._climb(cross, (positions[0] - whole)[None])
-        power = (self._power(first) + self._power(moved)) / 2
-        scale, error = self._scatter(cross, rest, peak, power)
+        scale, error = self._scatter(cross, rest, peak, (first.power + moved.power) / 2)
         # A maximum that runs away with the moved window was none; its first measurement then stays.
         if float((rest[0] + whole - positions[0]).abs().max()) < 1:
             positions[0] = rest[0] + whole
-        norm = torch.sqrt((self.active * self._power(first)).sum() * (self.active * self._power(moved)).sum())
+        norm = torch.sqrt((self.active * first.power).sum() * (self.active * moved.power).sum())
         missing = candidates - len(positions)
         pad = [np.nan] * missing
         found = positions.double().cpu().numpy()
@@ -159,19 +169,12 @@ class _Correlator:
             "dx_err": np.array([error[1]]),
         }
 
-    def _crop(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        cross = first[self.rows][:, self.columns].conj() * second[self.rows][:, self.columns]
-        return cross * self.active
-
-    def _power(self, spectrum: torch.Tensor) -> torch.Tensor:
-        return spectrum[self.rows][:, self.columns].abs().double() ** 2
-
     def _maxima(self, cross: torch.Tensor, candidates: int, max_shift: float) -> torch.Tensor:
         """Return the highest local maxima (k, 2) [px], on whole pixels, of the correlation within max_shift."""
         correlation = torch.fft.irfft2(cross, s=self.shape)
         reach = [max(1, min(int(max_shift * n), (n - 1) // 2 - 1)) for n in self.shape]
         index = [torch.arange(-r - 1, r + 2, device=cross.device) for r in reach]
-        area = correlation[index[0] % self.shape[0]][:, index[1] % self.shape[1]]
+        area = correlation[index[0] % self.shape[0]].index_select(1, index[1] % self.shape[1])
         around = torch.nn.functional.max_pool2d(area[None, None], 3, stride=1)[0, 0]
         inner = area[1:-1, 1:-1]
         peaks = torch.where(inner >= around, inner, -torch.inf).ravel()
@@ -229,8 +232,8 @@ class _Correlator:
             torch.polar(torch.ones_like(self.ky), self.ky * position[0, 0]),
             torch.polar(torch.ones_like(self.kx), self.kx * position[0, 1]),
         )
-        turned = (cross * turn).to(torch.complex128)
-        square = turned.imag**2
+        turned = cross * turn
+        real, square = turned.real.double(), turned.imag.double().square()
         ky, kx = self.ky.double(), self.kx.double()
         shot = (power * self.noise - self.noise**2 / 2).clamp(min=0) * self.active.double() ** 2
         v, least = self._moments(square), self._moments(shot)
@@ -239,7 +242,7 @@ class _Correlator:
             return 0.0, (float("nan"), float("nan"))
         # Each axis has used up one of the independent phases; of a lattice there are few.
         used = []
-        for information in (turned.real * ky[:, None] ** 2, turned.real * kx**2):
+        for information in (real * ky[:, None] ** 2, real * kx**2):
             independent = float(information.sum() ** 2 / (information**2).sum()) / self.redundancy
             used.append(1 / (1 - 1 / max(independent, 1.5)))
         raised = np.sqrt(np.maximum(np.array(used), np.diag(least) / np.maximum(np.diag(v), 1e-300)))
