@@ -93,12 +93,12 @@ class Drift(Section):
     lags: tuple[Count, ...] = Field((1, 2, 4, 8), description="frames apart of the pairs that are compared")
     band: tuple[Positive, Positive] = Field((0.01, 0.35), description="[low, high] frequencies used, cycles per pixel")
     taper: Probability = Field(0.15, description="part of the field, on each side, over which the window falls to zero")
-    change: Probability = Field(0.02, description="part of the signal that changes for other reasons than drift")
+    change: Probability = Field(0.0, description="part of the signal that changes for other reasons than drift")
     candidates: Count = Field(6, description="maxima of the correlation that are kept per pair")
-    max_shift: Probability = Field(0.3, description="largest shift between two frames, as a part of the field")
-    max_motion: Positive = Field(2.0, description="plausible motion from frame to frame in pixels; a scale, no limit")
-    limit: Positive = Field(3.0, description="bound on what stands out of a frame, in rms of its filtered image")
-    cauchy: Positive = Field(2.4, description="residual, in standard errors, at which a pair counts half")
+    max_shift: Probability = Field(0.25, description="largest shift between two frames, as a part of the field")
+    max_motion: Positive = Field(4.0, description="plausible motion from frame to frame in pixels; a scale, no limit")
+    limit: Positive = Field(1.25, description="bound on what stands out of a frame, in rms of its filtered image")
+    cauchy: Positive = Field(2.5, description="residual, in standard errors, at which a pair counts half")
 
 
 class Denoise(Section):
