@@ -80,7 +80,7 @@ class Detector(Section):
     dark: Path | None = Field(None, description="dark reference, one image file of the detector's shape")
     gain: Path | None = Field(None, description="gain reference (multiplied), one image file of the detector's shape")
     bad_pixels: bool = Field(True, description="find hot and dead pixels in the data and repair them")
-    bad_pixel_threshold: Positive = Field(6.0, description="how far outside, in sigma, a bad pixel lies")
+    bad_pixel_threshold: Positive = Field(7.0, description="how far outside, in sigma, a bad pixel lies")
     saturation: Positive | None = Field(None, description="counts at which the detector saturates; default: its dtype")
     max_saturated_fraction: Probability = Field(0.05, description="a frame with more saturated pixels is dropped")
     sample_frames: Count = Field(64, description="frames, spread over the movie, that bad pixels and noise come from")
@@ -97,7 +97,9 @@ class Drift(Section):
     candidates: Count = Field(6, description="maxima of the correlation that are kept per pair")
     max_shift: Probability = Field(0.25, description="largest shift between two frames, as a part of the field")
     max_motion: Positive = Field(4.0, description="plausible motion from frame to frame in pixels; a scale, no limit")
-    limit: Positive = Field(1.25, description="bound on what stands out of a frame, in rms of its filtered image")
+    limit: Positive = Field(
+        1.25, description="bound on small bright objects, in amplitudes that 90 % of the filtered image stays below"
+    )
     cauchy: Positive = Field(2.5, description="residual, in standard errors, at which a pair counts half")
 
 
