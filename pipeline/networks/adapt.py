@@ -10,15 +10,18 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.fft import next_fast_len
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from pipeline.networks.blindspot import scale_of
+from pipeline.networks.blindspot import BlindSpot, scale_of
 from pipeline.networks.weights import build
 from pipeline.steps.denoise import (
     DenoisingNetwork,
     DType,
     FrameLinks,
     Level,
+    frame_context,
     neighbour_stack,
     one_thread,
     reduced_precision,
@@ -30,6 +33,9 @@ HOLD_SHARE = 10
 RUN_LENGTH = 12
 CHECK_FRAMES = 12
 SLOT_DROPOUT = 0.1
+# The filter of the neighbours: its reach [px], and the smoothing of the spectrum [frequency steps of the frame].
+CONTEXT_RADIUS = 64
+CONTEXT_SMOOTHING = 1.25
 
 
 class SamplePlan(NamedTuple):
@@ -131,14 +137,15 @@ def adapt(
     learning rate that falls as a cosine. The same arguments give the same bits on one machine (one thread).
     """
     begin = time.perf_counter()
-    trained = copy.deepcopy(network)
+    trained = with_context(network, sample)
     device = next(trained.parameters()).device
     held = _held_out(sample, seed=seed)
     usable = np.flatnonzero(sample.links.good)
     with one_thread():
         before = _risk(network, sample, held, dtype=dtype)
         if len(usable) and steps:
-            batches = _Batches(sample, held, crop=crop, batch=batch, seed=seed)
+            contexts = _contexts(trained, sample)
+            batches = _Batches(sample, held, contexts, crop=crop, batch=batch, seed=seed)
             _train(trained, batches, steps=steps, learning_rate=learning_rate, dtype=dtype)
         after = _risk(trained, sample, held, dtype=dtype)
     kept = bool(np.isfinite(after) and (after < before or not np.isfinite(before)))
@@ -158,6 +165,65 @@ def _offsets(network: nn.Module) -> tuple[int, ...]:
     return cast(DenoisingNetwork, network).offsets
 
 
+def with_context(network: nn.Module, sample: Sample) -> nn.Module:
+    """A copy of `network` that, if it is a BlindSpot, is also given filtered neighbours; it estimates as before.
+
+    The filter is Wiener's for the mean of all neighbours, from the periodogram of the sample.
+    """
+    if not isinstance(network, BlindSpot) or len(network.offsets) == 1:
+        return copy.deepcopy(network)
+    grown = cast(BlindSpot, build("blindspot", {**network.config, "context": CONTEXT_RADIUS}))
+    device = next(network.parameters()).device
+    fresh = {name: value for name, value in grown.state_dict().items() if name in ("early.weight", "skip")}
+    kernel = wiener_kernel(sample, neighbours=len(network.offsets) - 1)
+    grown.load_state_dict({**fresh, **network.state_dict(), "kernel": kernel})
+    return grown.to(device)
+
+
+def wiener_kernel(sample: Sample, *, neighbours: int) -> Tensor:
+    """The Wiener filter of the mean of `neighbours` frames, (2 CONTEXT_RADIUS + 1,) squared, tapered to its edge.
+
+    The power of the signal is the smoothed mean periodogram less the noise, where it is clearly above its own scatter.
+    """
+    frames, links, level = sample
+    rows, columns = frames.shape[-2:]
+    side = next_fast_len(max(rows, columns, 2 * CONTEXT_RADIUS + 2), real=True)
+    power = np.zeros((side, side))
+    used = np.flatnonzero(links.good)
+    for index in used:
+        image = torch.nan_to_num(frames[index] - level.mean, nan=0.0, posinf=0.0, neginf=0.0)
+        power += (torch.fft.fft2(image, s=(side, side)).abs() ** 2).double().cpu().numpy()
+    power /= max(len(used), 1) * rows * columns
+    # Smoothed over the resolution that the frames have; the scatter that is left sets how much counts as signal.
+    width = [CONTEXT_SMOOTHING * side / size for size in (rows, columns)]
+    power = gaussian_filter(power, width, mode="wrap")
+    scatter = (max(len(used), 1) * 4 * np.pi * CONTEXT_SMOOTHING**2) ** -0.5
+    signal = np.maximum(power - (1 + 6 * scatter) * level.variance, 0)
+    gain = signal / (signal + level.variance / neighbours)
+    r = CONTEXT_RADIUS
+    kernel = np.roll(np.fft.ifft2(gain).real, (r, r), (0, 1))[: 2 * r + 1, : 2 * r + 1]
+    edge = np.clip(2 * np.abs(np.arange(-r, r + 1)) / (r + 1) - 1, 0, 1)
+    taper = np.cos(0.5 * np.pi * edge) ** 2
+    return torch.from_numpy(kernel * np.outer(taper, taper)).float()
+
+
+def _contexts(network: nn.Module, sample: Sample) -> Tensor:
+    """The context of every frame of the sample, (m, y, x); zeros for a network that uses none."""
+    device = next(network.parameters()).device
+    out = torch.zeros_like(sample.frames)
+    for index in np.flatnonzero(sample.links.good):
+        context = frame_context(
+            cast(DenoisingNetwork, network),
+            sample.frames.to(device),
+            int(index),
+            links=sample.links,
+            level=sample.level,
+        )
+        if context is not None:
+            out[index] = context.cpu()
+    return out
+
+
 def _held_out(sample: Sample, *, seed: int) -> Tensor:
     """Pixels that are never a training target, (m, y, x) bool."""
     m, height, width = sample.frames.shape
@@ -172,8 +238,8 @@ def _held_out(sample: Sample, *, seed: int) -> Tensor:
 class _Batches:
     """Random crops of a sample with their neighbours, turned and mirrored in space and time."""
 
-    def __init__(self, sample: Sample, held: Tensor, *, crop: int, batch: int, seed: int) -> None:
-        self.sample, self.held, self.batch = sample, held, batch
+    def __init__(self, sample: Sample, held: Tensor, contexts: Tensor, *, crop: int, batch: int, seed: int) -> None:
+        self.sample, self.held, self.contexts, self.batch = sample, held, contexts, batch
         self.generator = torch.Generator().manual_seed(seed)
         self.usable = np.flatnonzero(sample.links.good)
         self.side = max(2, min(crop, *sample.frames.shape[-2:]) // 2 * 2)
@@ -181,13 +247,12 @@ class _Batches:
     def _random(self, stop: int) -> int:
         return int(torch.randint(0, stop, (), generator=self.generator))
 
-    def draw(self, offsets: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Stack, validity (batch, slot, y, x), target and weight (batch, y, x)."""
+    def draw(self, offsets: Sequence[int]) -> tuple[Tensor, ...]:
+        """Stack, validity (batch, slot, y, x), target, weight and context (batch, y, x)."""
         crops = [self._one(offsets) for _ in range(self.batch)]
-        stack, valid, target, weight = (torch.stack(parts) for parts in zip(*crops, strict=True))
-        return stack, valid, target, weight
+        return tuple(torch.stack(parts) for parts in zip(*crops, strict=True))
 
-    def _one(self, offsets: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _one(self, offsets: Sequence[int]) -> tuple[Tensor, ...]:
         frames, links, level = self.sample
         index = int(self.usable[self._random(len(self.usable))])
         top, left = (self._random(size - self.side + 1) for size in frames.shape[-2:])
@@ -206,7 +271,7 @@ class _Batches:
             for slot, offset in enumerate(offsets):
                 if offset * side > reach:
                     stack[slot], valid[slot] = level.mean, False
-        return _turned(stack, turn), _turned(valid, turn), _turned(target, turn), _turned(weight, turn)
+        return tuple(_turned(part, turn) for part in (stack, valid, target, weight, self.contexts[here]))
 
 
 def _turned(image: Tensor, turn: int) -> Tensor:
@@ -230,9 +295,9 @@ def _train(network: nn.Module, batches: _Batches, *, steps: int, learning_rate: 
         rate = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + np.cos(np.pi * step / steps))
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * rate
-        stack, valid, target, weight = (part.to(device) for part in batches.draw(_offsets(network)))
+        stack, valid, target, weight, context = (part.to(device) for part in batches.draw(_offsets(network)))
         with reduced_precision(str(device), dtype):
-            estimate = network(stack, valid, level)
+            estimate = network(stack, valid, level, context)
         loss = (weight * ((target - estimate) / scale) ** 2).sum() / weight.sum().clamp_min(1)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -252,7 +317,11 @@ def _risk(network: nn.Module, sample: Sample, held: Tensor, *, dtype: DType) -> 
     with torch.inference_mode(), reduced_precision(str(device), dtype):
         for index in chosen:
             stack, valid = neighbour_stack(frames, int(index), offsets=_offsets(network), links=links, fill=level.mean)
-            estimate = network(stack[None].to(device), valid[None].to(device), levels)[0].cpu()
+            context = frame_context(
+                cast(DenoisingNetwork, network), frames.to(device), int(index), links=links, level=level
+            )
+            near = None if context is None else context[None]
+            estimate = network(stack[None].to(device), valid[None].to(device), levels, near)[0].cpu()
             use = held[index] & torch.isfinite(frames[index])
             difference = (frames[index] - estimate)[use].double()
             readout = level.variance - level.mean

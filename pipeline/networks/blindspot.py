@@ -11,6 +11,8 @@ from torch.nn import functional
 
 # Contrast that, at high dose, becomes an input of one; at low dose the noise does (see `scale_of`).
 _CONTRAST = 0.2
+# The context has little noise, hence little amplitude in units of the noise: more of it makes it learnt sooner.
+_GAIN = 4.0
 
 
 def scale_of(level: Tensor) -> Tensor:
@@ -44,12 +46,15 @@ class BlindSpot(nn.Module):
     centre frame, not q itself; what it sees there lies an odd number of steps away along y or x. All later
     convolutions have even dilation, so no path leads back to q: the 2 x 2 pixels of q are blind.
     `frames` is odd (neighbours -r … r); `channels` must be a multiple of 16, because torch's bfloat16 gradients of
-    dilated convolutions are otherwise NaN on CPUs.
+    dilated convolutions are otherwise NaN on CPUs. With `context` > 0 the network is also given the mean of the
+    neighbours (never the centre frame) filtered by `kernel`, which reaches that many pixels: what long-range order
+    tells at no cost in convolutions.
     """
 
     periodic = False
+    kernel: Tensor
 
-    def __init__(self, *, frames: int, channels: int, dilations: Sequence[int]) -> None:
+    def __init__(self, *, frames: int, channels: int, dilations: Sequence[int], context: int = 0) -> None:
         super().__init__()
         if frames < 1 or frames % 2 == 0:
             raise ValueError(f"frames is {frames}; expected an odd number")
@@ -58,6 +63,9 @@ class BlindSpot(nn.Module):
         if any(d < 2 or d % 2 for d in dilations):
             raise ValueError(f"dilations are {tuple(dilations)}; expected even numbers, or the network is not blind")
         self.config = {"frames": frames, "channels": channels, "dilations": list(dilations)}
+        if context:
+            self.config["context"] = context
+        self.context_radius = context
         radius = frames // 2
         self.offsets = tuple(range(-radius, radius + 1))
         # In full-resolution pixels: half-resolution steps, times two, and one for the phase within the 2 x 2 block.
@@ -69,6 +77,11 @@ class BlindSpot(nn.Module):
         self.last = nn.Conv2d(channels, 4, 1)
         gains = nn.Linear(16, 2 * channels * (1 + len(dilations)))
         self.dose = nn.Sequential(nn.Linear(2, 16), nn.SiLU(), gains)
+        if context:
+            self.register_buffer("kernel", torch.zeros(2 * context + 1, 2 * context + 1))
+            self.early = nn.Conv2d(4, channels, 1, bias=False)
+            self.skip = nn.Parameter(torch.zeros(1))
+            nn.init.zeros_(self.early.weight)
         with torch.no_grad():
             self.missing.weight.zero_()
             self.last.weight.mul_(0.3)
@@ -81,30 +94,38 @@ class BlindSpot(nn.Module):
         convolutions = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
         return sum(m.weight.numel() for m in convolutions) / 4
 
-    def forward(self, frames: Tensor, valid: Tensor, level: Tensor) -> Tensor:
+    def forward(self, frames: Tensor, valid: Tensor, level: Tensor, context: Tensor | None = None) -> Tensor:
         """Estimate the centre frame, (batch, y, x) [electrons].
 
         frames (batch, slot, y, x) [electrons], slots in the order of `offsets`, holding the mean of `level` where they
         have no data; valid (batch, slot, y, x) bool: where they have; level (2,): mean and noise variance of the movie
-        [electrons], one for the whole batch.
+        [electrons], one for the whole batch; context (batch, y, x) [electrons about the mean]: the filtered mean of
+        the neighbours, for a network that uses it.
         """
         height, width = frames.shape[-2:]
         scale, mean = scale_of(level), level[0]
         x = (frames - mean).mul_(1 / scale)
         # An odd edge is repeated inside its own 2 x 2 block, which is blind as a whole; reflecting it would leak.
         odd = (0, width % 2, 0, height % 2)
+        extra = None if context is None or not self.context_radius else (context / scale)[:, None]
         if any(odd):
             x = functional.pad(x, odd, mode="replicate")
+            extra = None if extra is None else functional.pad(extra, odd, mode="replicate")
             valid = functional.pad(valid.to(x.dtype), odd, mode="replicate") > 0
         precision = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         missing = None if bool(valid.all()) else ~_blocks_all(valid)
-        y = self._half(_unshuffle(x.to(precision)), missing, level)
-        return torch.add(mean, _shuffle(y.float())[:, :height, :width] * scale)
+        extra = None if extra is None else _unshuffle(extra)
+        y = self._half(_unshuffle(x.to(precision)), missing, level, extra).float()
+        if extra is not None:
+            y = y + self.skip * extra
+        return torch.add(mean, _shuffle(y)[:, :height, :width] * scale)
 
-    def _half(self, x: Tensor, missing: Tensor | None, level: Tensor) -> Tensor:
+    def _half(self, x: Tensor, missing: Tensor | None, level: Tensor, extra: Tensor | None) -> Tensor:
         """The network proper: (batch, 4 slots, y/2, x/2) to (batch, 4, y/2, x/2), both in units of `scale_of`."""
         gains = self._gains(level)
         h = self._scaled(self.first, self.first.weight * self.first.mask, x, gains[0])
+        if extra is not None:
+            h = h.add_(self.early((_GAIN * extra).to(x.dtype)))
         if missing is not None:
             weight = self.missing.weight * (1 + gains[0][0])[:, None, None, None]
             missing = missing.to(x.dtype).contiguous(memory_format=torch.channels_last)

@@ -8,6 +8,7 @@ the mean PSNR, so that no dose outweighs another. Gold and MoS2 are left out: be
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
@@ -36,6 +37,8 @@ SIDE = 208
 DOSES = (0.03, 30.0)
 # Squared relative error below which a crop counts as solved; without it pure noise would outweigh everything.
 FLOOR = 1e-4
+# Steps over which weights are averaged.
+MEMORY = 500
 
 
 class PretrainSettings(NamedTuple):
@@ -162,9 +165,19 @@ def _turn(rng: np.random.Generator) -> Callable[[Tensor], Tensor]:
     return lambda image: image.flip(flips).transpose(-1, -2) if swap else image.flip(flips)
 
 
-def pretrain(config: dict[str, Any], settings: PretrainSettings, *, report: Callable[[str], None]) -> nn.Module:
-    """Train a blind-spot network of `config` from scratch; one thread, the same bits for the same settings."""
+def pretrain(
+    config: dict[str, Any],
+    settings: PretrainSettings,
+    *,
+    report: Callable[[str], None],
+    snapshot: Callable[[nn.Module], None] | None = None,
+) -> nn.Module:
+    """Train a blind-spot network of `config` from scratch; one thread, the same bits for the same settings.
+
+    The result is a running average of the weights over about MEMORY steps, and `snapshot` is given it now and then.
+    """
     network = untrained("blindspot", config, seed=settings.seed)
+    average = copy.deepcopy(network).eval()
     offsets = cast(DenoisingNetwork, network).offsets
     bank = movie_bank(settings, report=report)
     rng = np.random.default_rng([settings.seed, 3])
@@ -184,10 +197,20 @@ def pretrain(config: dict[str, Any], settings: PretrainSettings, *, report: Call
                 recent = 0.998 * recent + 0.004 * loss.item()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
+            _blend(average, network, 1 / min(step + 1, MEMORY))
             if step % 500 == 499:
                 seconds = time.perf_counter() - begin
                 report(f"step {step + 1} of {settings.steps}: mean log error {recent:.3f}, {seconds:.0f} s")
-    return network.eval()
+                if snapshot is not None:
+                    snapshot(average)
+    return average
+
+
+@torch.no_grad()
+def _blend(average: nn.Module, network: nn.Module, share: float) -> None:
+    """Move `average` towards `network` by `share` of the way."""
+    for kept, new in zip(average.parameters(), network.parameters(), strict=True):
+        kept.lerp_(new, share)
 
 
 def _rates(steps: int) -> Iterator[float]:

@@ -41,6 +41,7 @@ class WCVD(nn.Module):
     """
 
     periodic = True
+    context_radius = 0
     macs_per_pixel: float
 
     def __init__(self, *, kernels: Sequence[int], layers: int, channels: int) -> None:
@@ -66,11 +67,11 @@ class WCVD(nn.Module):
                     part.weight.uniform_(0, 2 / channels)
         return nn.Sequential(*parts)
 
-    def forward(self, frames: Tensor, valid: Tensor, level: Tensor) -> Tensor:
+    def forward(self, frames: Tensor, valid: Tensor, level: Tensor, context: Tensor | None = None) -> Tensor:
         """Estimate the centre frame, (batch, y, x) [electrons].
 
         frames (batch, 3, y, x) [electrons], holding the mean where they have no data; valid (batch, 3, y, x) bool, not
-        used; level (2,): mean and noise variance of the movie [electrons], of which only the mean is used.
+        used; level (2,): mean and noise variance of the movie [electrons], of which only the mean is used; no context.
         """
         mean = level[0]
         x = frames / mean

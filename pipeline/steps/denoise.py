@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.fft import next_fast_len
 from torch import Tensor
 
 DType = Literal["auto", "float32", "bfloat16"]
@@ -44,9 +45,11 @@ class DenoisingNetwork(Protocol):
     offsets: tuple[int, ...]
     receptive_radius: int
     periodic: bool
+    context_radius: int
+    kernel: Tensor
 
-    def __call__(self, frames: Tensor, valid: Tensor, level: Tensor) -> Tensor:
-        """(batch, slot, y, x) electrons and validity, (2,) level, to (batch, y, x) electrons."""
+    def __call__(self, frames: Tensor, valid: Tensor, level: Tensor, context: Tensor | None = None) -> Tensor:
+        """(batch, slot, y, x) electrons and validity, (2,) level, (batch, y, x) context, to (batch, y, x) electrons."""
 
 
 def frame_runs(time: NDArray[np.float64], *, max_gap: float) -> NDArray[np.int64]:
@@ -109,6 +112,41 @@ def neighbour_stack(
     return stack, valid
 
 
+def frame_context(
+    network: DenoisingNetwork, frames: Tensor, index: int, *, links: FrameLinks, level: Level
+) -> Tensor | None:
+    """The mean of a frame's neighbours, filtered by the kernel of the network, (y, x) [electrons about the mean].
+
+    The frame itself has no part in it. None for a network that does not use it.
+    """
+    if not network.context_radius:
+        return None
+    total = torch.zeros(frames.shape[-2:], dtype=torch.float32, device=frames.device)
+    count = torch.zeros_like(total)
+    for offset in network.offsets:
+        if offset:
+            stack, valid = neighbour_stack(frames, index, offsets=(offset,), links=links, fill=level.mean)
+            total += stack[0] - level.mean
+            count += valid[0]
+    return _convolved(total / count.clamp_min(1), network.kernel)
+
+
+def _convolved(image: Tensor, kernel: Tensor) -> Tensor:
+    """Convolution of an image (y, x) with a kernel (2 r + 1, 2 r + 1), as if there were zeros around the image."""
+    reach = kernel.shape[-1] // 2
+    shape = [next_fast_len(int(size) + reach, real=True) for size in image.shape]
+    wrapped = torch.zeros(shape, dtype=torch.float32, device=image.device)
+    if min(shape) < kernel.shape[-1]:
+        keep = (min(shape) - 1) // 2
+        kernel = kernel[reach - keep : reach + keep + 1, reach - keep : reach + keep + 1]
+        reach = keep
+    wrapped[: 2 * reach + 1, : 2 * reach + 1] = kernel
+    wrapped = wrapped.roll((-reach, -reach), (0, 1))
+    product = torch.fft.rfft2(image, s=shape) * torch.fft.rfft2(wrapped)
+    convolved: Tensor = torch.fft.irfft2(product, s=shape)
+    return convolved[: image.shape[0], : image.shape[1]]
+
+
 def windows(size: int, tile: int | None, halo: int) -> list[tuple[slice, slice]]:
     """Cut [0, size) into cores of `tile` pixels; (core, core with halo) pairs whose windows stay inside.
 
@@ -154,6 +192,7 @@ def _one_frame(
     levels = torch.tensor(level, dtype=torch.float32, device=frames.device)
     if network.periodic:
         return _one_periodic_frame(network, frames, index, links=links, levels=levels, tile=tile)
+    context = frame_context(network, frames, index, links=links, level=level)
     out = torch.empty((height, width), dtype=torch.float32, device=frames.device)
     for y, wy in windows(height, tile, halo):
         for x, wx in windows(width, tile, halo):
@@ -161,7 +200,8 @@ def _one_frame(
             stack, valid = neighbour_stack(
                 frames, index, offsets=network.offsets, links=links, fill=level.mean, region=region
             )
-            estimate = network(stack[None], valid[None], levels)[0]
+            near = None if context is None else context[None, wy, wx]
+            estimate = network(stack[None], valid[None], levels, near)[0]
             out[y, x] = estimate[y.start - wy.start : y.stop - wy.start, x.start - wx.start : x.stop - wx.start]
     return out
 

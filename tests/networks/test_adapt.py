@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.networks.adapt import Sample, adapt, plan_sample, training_sample, untrained
+from pipeline.networks.adapt import Sample, adapt, plan_sample, training_sample, untrained, wiener_kernel, with_context
 from pipeline.networks.phantoms import phantom
-from pipeline.steps.denoise import FrameLinks, Level, denoise, measure_level, neighbour_stack
+from pipeline.steps.denoise import FrameLinks, Level, denoise, frame_context, measure_level, neighbour_stack
 
 CONFIG = {"frames": 5, "channels": 16, "dilations": [2]}
 DOSE = 0.5
@@ -76,6 +76,35 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_start_alone(adapted):
         assert torch.equal(tensor, before[name])
         assert torch.equal(first.state_dict()[name], second.state_dict()[name])
     assert not torch.equal(first.state_dict()["last.weight"], other.state_dict()["last.weight"])
+
+
+def test_the_filter_of_the_neighbours_is_that_of_wiener():
+    """Waves pass, white noise does not; the filtered neighbours alone resemble the clean frames."""
+    y, x = np.mgrid[:96, :96]
+    clean = np.repeat((1 + 0.4 * np.cos(0.7 * x) * np.cos(0.6 * y + 0.3 * x))[None], 12, 0).astype(np.float32)
+    counts = np.random.default_rng(0).poisson(DOSE * clean).astype(np.float32)
+    level = measure_level(counts, readout_variance=0)
+    sample = Sample(torch.from_numpy(counts), links_of(12), level)
+    network = with_context(untrained("blindspot", CONFIG, seed=0), sample)
+    assert network.config == {**CONFIG, "context": network.context_radius}
+    assert network.context_radius > 0
+    contexts = [frame_context(network, sample.frames, i, links=sample.links, level=level) for i in range(2, 10)]
+    inner = np.stack([c.numpy() for c in contexts])[:, 16:-16, 16:-16] / DOSE + 1
+    truth = clean[2:10, 16:-16, 16:-16]
+    assert np.mean((inner - truth) ** 2) < 0.15 * truth.var()
+    noise = Sample(
+        torch.from_numpy(np.random.default_rng(1).poisson(0.5, (12, 96, 96)).astype(np.float32)), *sample[1:]
+    )
+    assert float(wiener_kernel(noise, neighbours=4).abs().sum()) < 0.2
+
+
+def test_adding_context_changes_no_estimate():
+    counts = np.random.default_rng(0).poisson(1.0, (5, 40, 42)).astype(np.float32)
+    network = untrained("blindspot", CONFIG, seed=0)
+    grown = with_context(network, Sample(torch.from_numpy(counts), links_of(5), Level(1, 1)))
+    assert np.array_equal(inferred(network, counts, links_of(5)), inferred(grown, counts, links_of(5)))
+    again = with_context(grown, Sample(torch.from_numpy(counts), links_of(5), Level(1, 1)))
+    assert again.config == grown.config
 
 
 def test_training_that_does_harm_is_thrown_away(adapted):

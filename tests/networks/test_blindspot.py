@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline.networks.blindspot import BlindSpot
 from pipeline.networks.wcvd import WCVD
+from pipeline.steps.denoise import FrameLinks, Level, frame_context, neighbour_stack
 
 TIERS = {
     1440: {"frames": 5, "channels": 16, "dilations": [2]},
@@ -81,6 +83,25 @@ def test_the_network_knows_which_slots_are_missing():
     assert not torch.equal(part[0, 4:6, 4:6], full[0, 4:6, 4:6])
     valid[:, 5:] = False
     assert not torch.equal(network(frames, valid, LEVEL)[0, 0, 0], full[0, 0, 0])
+
+
+def test_filtered_neighbours_leave_the_network_blind():
+    """The estimate of a frame through `frame_context` and the network: no way back to the pixel itself."""
+    network = make(**TIERS[20000], context=5)
+    with torch.no_grad():
+        network.kernel.normal_()
+    links = FrameLinks(np.arange(18).reshape(9, 2) // 4, np.arange(9) != 2, np.zeros(9, dtype=int))
+    level = Level(0.7, 0.9)
+    frames = torch.rand(9, 15, 18, requires_grad=True)
+    context = frame_context(network, frames, 4, links=links, level=level)
+    stack, valid = neighbour_stack(frames, 4, offsets=network.offsets, links=links, fill=level.mean)
+    estimate = network(stack[None], valid[None], LEVEL, context[None])[0]
+    assert not torch.equal(estimate, network(stack[None], valid[None], LEVEL)[0])
+    for y, x in [(0, 0), (14, 17), (7, 8), (6, 9)]:
+        (g,) = torch.autograd.grad(estimate[y, x], frames, retain_graph=True)
+        assert g[4, y, x] == 0
+        assert torch.count_nonzero(g[3]) > torch.count_nonzero(g[4]) > 50
+        assert torch.count_nonzero(g[2]) == 0
 
 
 @pytest.mark.parametrize("config", [{"frames": 4}, {"channels": 24}, {"dilations": [2, 3]}])

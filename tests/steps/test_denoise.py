@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.networks.adapt import untrained
-from pipeline.steps.denoise import FrameLinks, Level, denoise, frame_runs, measure_level, neighbour_stack, windows
+from pipeline.steps.denoise import (
+    FrameLinks,
+    Level,
+    denoise,
+    frame_context,
+    frame_runs,
+    measure_level,
+    neighbour_stack,
+    windows,
+)
 
 OFFSETS = (-2, -1, 0, 1, 2)
 
@@ -115,15 +124,38 @@ def test_the_level_is_the_mean_and_its_noise():
     assert measure_level(-frames, readout_variance=0).mean == pytest.approx(1e-3)
 
 
+def test_the_context_is_the_filtered_mean_of_the_neighbours_alone():
+    network = untrained("blindspot", {**NETWORKS["blindspot"], "context": 1}, seed=0)
+    kernel = torch.zeros(3, 3)
+    kernel[1, 1], kernel[0, 1] = 2, 1  # twice the pixel itself and once the pixel below: out(y) = ... + in(y + 1)
+    network.kernel.copy_(kernel)
+    frames = torch.rand(6, 8, 9)
+    frames[3] = 1e6  # the frame itself has no part
+    links, level = links_of(6, good=[1, 0, 1, 1, 1, 1]), Level(0.5, 0.5)
+    mean = frames[[2, 4, 5]].mean(0) - 0.5
+    expected = 2 * mean
+    expected[:-1] += mean[1:]
+    context = frame_context(network, frames, 3, links=links, level=level)
+    torch.testing.assert_close(context, expected, rtol=1e-5, atol=1e-5)
+    assert frame_context(untrained("wcvd", NETWORKS["wcvd"], seed=0), frames, 3, links=links, level=level) is None
+
+
 NETWORKS = {
     "blindspot": {"frames": 5, "channels": 16, "dilations": [2, 4]},
     "wcvd": {"kernels": [3, 5, 7], "layers": 4, "channels": 3},
 }
 
 
-@pytest.fixture(params=sorted(NETWORKS))
+@pytest.fixture(params=["blindspot", "context", "wcvd"])
 def network(request):
-    return untrained(request.param, NETWORKS[request.param], seed=3)
+    if request.param != "context":
+        return untrained(request.param, NETWORKS[request.param], seed=3)
+    network = untrained("blindspot", {**NETWORKS["blindspot"], "context": 20}, seed=3)
+    with torch.no_grad():
+        network.kernel.copy_(torch.rand(41, 41) / 100)
+        network.early.weight.normal_()
+        network.skip.fill_(0.5)
+    return network
 
 
 @pytest.fixture
