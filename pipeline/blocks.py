@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.steps import columns, denoise, detector, drift, noise, species
 from schemas.conventions import STATUS
 
 SMALLER_TILES = 2  # how often tiles and windows are halved before memory is declared too small
+NO_NOISE = noise.NoiseModel(0.0, 1.0, 0.0, calibrated=False, signal_dependent=True)
 SAMPLE_PIXELS = 2**26  # most pixels of a sample of frames: what keeps it in memory whatever the frame size
 
 
@@ -42,28 +44,39 @@ def _good(movie: Movie, counts: np.ndarray, indices: np.ndarray) -> tuple[np.nda
 def calibrate(task: Task) -> Mapping[str, Any]:
     """Bad pixels, noise model, brightness and the weights of frequencies, from a fixed sample of the movie."""
     clock, movie, settings = Clock(), open_movie(task), task.settings
-    _, height, width = movie.stack.shape
-    indices = sample_indices(task.frames, settings.detector.sample_frames, height * width)
-    with clock("read"):
-        counts = movie.stack.read_frames(list(indices), plane=settings.source.defocus_plane)
+    counts = _sample(movie, clock)
     with clock("detector"):
-        good, _, _ = _good(movie, counts, indices)
-        counts = counts[good]
-        bad = np.zeros((height, width), dtype=bool)
+        bad = np.zeros(movie.stack.shape[1:], dtype=bool)
         if settings.detector.bad_pixels and len(counts):
             bad = detector.find_bad_pixels(counts, threshold=settings.detector.bad_pixel_threshold)
         corrected = detector.correct(counts, dark=movie.dark, gain=movie.gain, bad=bad)
-        model = noise.fit_noise(corrected, counts_per_electron=_counts_per_electron(movie))
+        model = noise.fit_noise(corrected, counts_per_electron=_counts_per_electron(movie)) if len(counts) else NO_NOISE
         electrons = noise.to_electrons(corrected, model)
         level = denoise.measure_level(electrons, readout_variance=model.readout_variance)
     with clock("drift"):
         weight = _frequency_weight(electrons, task)
     y, x = np.nonzero(bad)
     arrays = {"bad_y": y.astype(np.int32), "bad_x": x.astype(np.int32), "weight": weight}
-    meta = {"noise": model._asdict(), "level": [float(v) for v in level], "sample_frames": int(good.sum())}
+    meta = {"noise": model._asdict(), "level": [float(v) for v in level], "sample_frames": len(counts)}
     meta |= {"bad_pixels": len(y), "fingerprint": dict(task.keys)["calibrate"]}
     write_part(task.part("calibrate"), arrays, meta)
     return record(clock, bad_pixels=len(y))
+
+
+def _sample(movie: Movie, clock: Clock) -> np.ndarray:
+    """The good frames (time, y, x) of a fixed sample of the movie; none only if the movie has no good frame."""
+    frames, height, width = movie.stack.shape
+    indices = sample_indices(frames, movie.settings.detector.sample_frames, height * width)
+    # If all of the sample is bad, the first good frames that there are must do.
+    rest = (np.arange(start, min(start + len(indices), frames)) for start in range(0, frames, len(indices)))
+    for chosen in itertools.chain([indices], rest):
+        with clock("read"):
+            counts = movie.stack.read_frames(list(chosen), plane=movie.settings.source.defocus_plane)
+        with clock("detector"):
+            good, _, _ = _good(movie, counts, chosen)
+        if good.any():
+            return counts[good]
+    return counts[:0]
 
 
 def _counts_per_electron(movie: Movie) -> float | None:
