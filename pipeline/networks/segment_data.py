@@ -73,6 +73,7 @@ def random_spec(rng: np.random.Generator, *, edge: int, sampling: float) -> Movi
         element=str(rng.choice(["Au", "Pt", "Ag", "Pd", "Cu", "Ni"], p=[0.55, 0.15, 0.1, 0.1, 0.05, 0.05])),
         zone=str(rng.choice(["110", "100", "111"], p=[0.45, 0.3, 0.25])),
         tilt=float(rng.uniform(0, 0.9)),
+        thickness=float(rng.uniform(8, 30)),
         particles=particles,
         radius=float(rng.uniform(7, 18 if particles == 1 else 11)),
     )
@@ -95,25 +96,22 @@ def examples_of(spec: MovieSpec, rng: np.random.Generator, *, sampling: float, v
         clean = camera.on_detector(camera.with_ctf(wave, float(defocus)))
         sign, _ = polarity_of(clean, truth, spec)
         if sign or not len(truth):
-            found.append((_clarity(clean, truth, spec), sign, clean))
+            found.append((_clarity(clean, truth, spec, sign), sign, clean))
     found.sort(key=lambda item: -item[0])
     chosen = [next((item for item in found if item[1] == sign), None) for sign in (1, -1)]
-    good = [item for item in found if item[0] > 0.3 * found[0][0]]
+    good = [item for item in found if item[0] > found[0][0] - 2.0]
     chosen += [good[int(rng.integers(len(good)))]] if good else []
     if not len(truth):
         chosen = list(found)
     best = found[0][0] if found else 0.0
-    kept = [item for item in chosen if item is not None and item[0] >= 0.2 * best][:views]
+    kept = [item for item in chosen if item is not None and item[0] >= best - 2.5][:views]
     return [labelled(clean, truth, sign, sampling=sampling, spec=spec) for _, sign, clean in kept]
 
 
-def _clarity(clean: np.ndarray, truth: np.ndarray, spec: MovieSpec) -> float:
-    """How plainly the visible columns show: merit of their contrast, as the simulator finds its defocus."""
+def _clarity(clean: np.ndarray, truth: np.ndarray, spec: MovieSpec, sign: int) -> float:
+    """How plainly the visible columns show with the sign that they have; 1 where there are none."""
     truth = truth[truth["visible"]]
-    if not len(truth):
-        return 1.0
-    values = imaging.column_contrast(clean, truth["y"], truth["x"], 1.2 / spec.sampling)
-    return max(imaging.merit(values), imaging.merit(-values))
+    return imaging.clarity((sign or 1) * clean, truth["y"], truth["x"], spec.sampling) if len(truth) else 1.0
 
 
 def labelled(clean: np.ndarray, truth: np.ndarray, polarity: int, *, sampling: float, spec: MovieSpec) -> Example:

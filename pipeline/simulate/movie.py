@@ -14,7 +14,7 @@ from pipeline.simulate.scene import BORDER, MovieSpec, Scene, build_scene, colum
 
 __all__ = ["MovieSpec", "SimulatedMovie", "simulate_frames", "simulate_movie"]
 
-DEFOCI = np.arange(-120.0, 121.0, 10.0)  # Å, scanned when a spec names a contrast and no defocus
+DEFOCI = np.arange(-100.0, 101.0, 10.0)  # Å, scanned when a spec names a contrast and no defocus
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ class Camera:
         y, x = truth["y"] + self.corner[0], truth["x"] + self.corner[1]
         merits = []
         for defocus in DEFOCI:
-            values = sign * imaging.column_contrast(self.with_ctf(wave, defocus), y, x, 1.2 / spec.sampling)
-            merits.append(imaging.merit(values))
+            canvas = self.with_ctf(wave, defocus)
+            merits.append(imaging.clarity(sign * canvas, y, x, spec.sampling) + float(np.std(canvas)))
         return float(DEFOCI[int(np.argmax(merits))])
 
     def _placed(self, frame: int, drift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,8 @@ class MovieSpec:
     kind: nanoparticle, graphene, hbn, mos2, wse2, carbon (film only) or vacuum (pure noise).
     contrast: bright or dark atoms in HRTEM; the defocus (> 0 is underfocus) is then found by a scan unless it is given.
     drift_step and drift_jitter are per frame; drift_limit bounds the drift. mtf: coefficients c0, c1, c2, c3 or None.
-    hole: radius of a hole in a sheet.
+    thickness: particles are flattened to this along the beam, as supported ones are; much thicker gold reverses its
+    contrast. hole: radius of a hole in a sheet.
     min_atoms: columns with fewer atoms are kept in the truth but not marked visible (default 3, sheets 1).
     For HAADF, dose counts the electrons that reach the detector.
     """
@@ -40,6 +41,7 @@ class MovieSpec:
     element: str = "Au"
     zone: str = "110"
     radius: float | None = None
+    thickness: float = 22.0
     particles: int = 1
     tilt: float = 0.0
     carbon: float = 6.0
@@ -181,7 +183,12 @@ def _crystal(rng: np.random.Generator, spec: MovieSpec, reach: float) -> Specime
     for _ in range(spec.particles):
         radius = spec.radius or float(min(0.34 * half.min() * 2 / np.sqrt(spec.particles), 17.0)) * rng.uniform(0.85, 1)
         part = structures.nanoparticle(
-            rng, element=spec.element, zone=spec.zone, radius=radius, tilt=np.deg2rad(spec.tilt)
+            rng,
+            element=spec.element,
+            zone=spec.zone,
+            radius=radius,
+            thickness=spec.thickness,
+            tilt=np.deg2rad(spec.tilt),
         )
         centre = _free_place(rng, np.maximum(half - radius - 2, 0), taken, 2 * radius + 5, len(parts) == 0)
         if centre is None:

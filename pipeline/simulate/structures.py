@@ -87,10 +87,13 @@ def _grouped(points: np.ndarray) -> np.ndarray:
     return np.unique(root, return_inverse=True)[1].ravel()
 
 
-def nanoparticle(rng: np.random.Generator, *, element: str, zone: str, radius: float, tilt: float) -> Specimen:
+def nanoparticle(
+    rng: np.random.Generator, *, element: str, zone: str, radius: float, thickness: float, tilt: float
+) -> Specimen:
     """A face-centred cubic particle on zone, with rim columns that may come and go.
 
-    radius [Å]; tilt [rad] about a random axis in the plane. Raises SettingsError for an unknown element or zone.
+    radius, thickness (most along the beam) [Å]; tilt [rad] is about a random axis in the plane.
+    Raises SettingsError for an unknown element or zone.
     """
     if element not in LATTICES:
         raise SettingsError(f"element is {element!r}; expected one of {sorted(LATTICES)}")
@@ -100,8 +103,9 @@ def nanoparticle(rng: np.random.Generator, *, element: str, zone: str, radius: f
     basis = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
     crystal = (cells[:, None] + basis).reshape(-1, 3) * constant + rng.uniform(-0.5, 0.5, 3) * constant
     facets = np.array([rng.uniform(0.78, 1.0), rng.uniform(0.82, 1.0)])
-    core = _inside(crystal, radius, facets)
-    shell = ~core & _inside(crystal, radius + 3.0, facets)
+    flat = np.abs(crystal @ _frame_of(zone)[2]) <= thickness / 2
+    core = flat & _inside(crystal, radius, facets)
+    shell = flat & ~core & _inside(crystal, radius + 3.0, facets)
     shell[shell] = cKDTree(crystal[core]).query(crystal[shell])[0] < 0.74 * constant
     chosen = crystal[core | shell] @ _frame_of(zone).T
     is_core = core[core | shell]
