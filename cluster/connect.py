@@ -53,7 +53,7 @@ def connect(profile: Profile) -> Iterator[Client | None]:
         if profile.kind == "address":
             try:
                 client = Client(profile.address, timeout=profile.start_timeout, set_as_default=False)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise ResourceError(
                     f"no scheduler answers at {profile.address} within {profile.start_timeout:g} s ({error}); "
                     "start one with `dask scheduler`, or check the address"

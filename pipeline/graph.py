@@ -10,20 +10,23 @@ import functools
 import math
 import queue
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from distributed import Client, Future
+from distributed import CancelledError, Client, Future
 from distributed.scheduler import KilledWorker
 from threadpoolctl import ThreadpoolController
 
 from pipeline.steps.denoise import one_thread
+from schemas.errors import ResourceError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 STOP_POLL = 0.3  # s
+NO_WORKERS = 600.0  # s without any worker after which waiting is given up
 
 
 class Stopped(Exception):
@@ -94,6 +97,7 @@ def _stream_on_cluster(
             except StopIteration:
                 return
 
+    heard = time.monotonic()
     try:
         refill()
         while futures:
@@ -103,13 +107,19 @@ def _stream_on_cluster(
                 # A worker may be busy for a minute; a user who stops the run does not wait for it.
                 if stop.is_set():
                     raise Stopped from None
+                if time.monotonic() - heard > NO_WORKERS:
+                    _require_workers(client)
+                    heard = time.monotonic()
                 continue
+            heard = time.monotonic()
             item = futures.pop(future)
             try:
                 result = future.result()
             except KilledWorker:
                 send(item)
                 continue
+            except CancelledError as error:
+                raise ResourceError(f"the scheduler was lost ({error}); run the same command again to go on") from None
             future.release()
             yield item, result
             if stop.is_set():
@@ -118,6 +128,14 @@ def _stream_on_cluster(
     finally:
         for future in futures:
             future.cancel()
+
+
+def _require_workers(client: Client) -> None:
+    if not client.nthreads():
+        raise ResourceError(
+            f"no worker is left on {client.scheduler_info()['address']}; see the workers' logs "
+            "for why they ended, start them again, and run the same command again"
+        )
 
 
 def call(

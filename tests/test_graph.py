@@ -1,0 +1,169 @@
+"""Tasks: the same answers with and without a cluster, few in flight, sent again when a worker dies, stopped at once."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from distributed import Client
+
+from cluster import connect
+from pipeline.graph import Stopped, call, smallest_memory, stream
+from schemas.errors import ResourceError, SourceError
+from schemas.profiles import Profile
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1])  # workers import the functions below
+        with connect(Profile(kind="local", workers=2, memory=1.5)) as client:
+            assert client is not None
+            yield client
+
+
+def square(x: int) -> int:
+    return x * x
+
+
+def kill_once(marker: str) -> str:
+    """Take the worker down the first time, as a node that fails does."""
+    path = Path(marker)
+    if not path.exists():
+        path.touch()
+        os.kill(os.getpid(), 9)
+    return "survived"
+
+
+def slow(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def bad_file(name: str) -> None:
+    with Path(name).open("a") as file:
+        file.write("x")
+    raise SourceError(f"{name}: line 3 is damaged")
+
+
+def results(client: Client | None, items: range) -> dict[int, int]:
+    return dict(stream(client, square, items, label="square", stop=threading.Event()))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 50])
+def test_a_cluster_answers_like_none(client: Client, count: int) -> None:
+    expected = {x: x * x for x in range(count)}
+    assert results(None, range(count)) == expected
+    assert results(client, range(count)) == expected
+
+
+def test_one_task(client: Client) -> None:
+    for where in (None, client):
+        assert call(where, square, 7, label="one", stop=threading.Event()) == 49
+
+
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_few_tasks_are_known_at_any_time(client: Client, in_flight: int) -> None:
+    """The items are taken from the iterator only as fast as results are."""
+    taken = 0
+
+    def items() -> Iterator[int]:
+        nonlocal taken
+        for x in range(40):
+            taken += 1
+            yield x
+
+    done = 0
+    for _ in stream(client, square, items(), label="w", stop=threading.Event(), in_flight=in_flight):
+        done += 1
+        assert taken - done <= in_flight
+    assert done == 40
+    deadline = time.monotonic() + 10
+    while any(client.has_what().values()):  # nothing is kept on the workers
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_task_whose_worker_dies_is_done_by_another(client: Client, tmp_path: Path) -> None:
+    markers = [str(tmp_path / name) for name in "abc"]
+    found = dict(stream(client, kill_once, markers, label="kill", stop=threading.Event()))
+    assert found == dict.fromkeys(markers, "survived")
+
+
+@pytest.mark.parametrize("serial", [True, False])
+def test_an_error_of_the_task_is_raised_once_and_never_retried(client: Client, tmp_path: Path, serial: bool) -> None:
+    name = str(tmp_path / "tried")
+    with pytest.raises(SourceError, match="line 3 is damaged"):
+        list(stream(None if serial else client, bad_file, [name], label="bad", stop=threading.Event()))
+    time.sleep(0.2)
+    assert Path(name).read_text() == "x"
+
+
+def test_a_stop_ends_the_stream_between_tasks_here() -> None:
+    stop = threading.Event()
+    seen = []
+    with pytest.raises(Stopped):
+        for x, _ in stream(None, square, range(9), label="s", stop=stop):
+            seen.append(x)
+            if x == 3:
+                stop.set()
+    assert seen == [0, 1, 2, 3]
+
+
+def test_a_stop_does_not_wait_for_tasks_on_the_cluster(client: Client) -> None:
+    stop = threading.Event()
+    threading.Timer(0.3, stop.set).start()
+    begin = time.monotonic()
+    with pytest.raises(Stopped):
+        list(stream(client, slow, [4.0] * 6, label="slow", stop=stop))
+    assert time.monotonic() - begin < 3
+
+
+def test_a_task_waits_for_a_worker_that_has_what_it_needs(client: Client) -> None:
+    """No worker of this cluster has a GPU: the task must not run on a CPU in silence."""
+    stop = threading.Event()
+    threading.Timer(1.0, stop.set).start()
+    with pytest.raises(Stopped):
+        list(stream(client, square, [3], label="gpu", stop=stop, resources={"GPU": 1}))
+
+
+def test_tasks_of_one_worker_run_one_after_another(client: Client) -> None:
+    begin = time.monotonic()
+    list(stream(client, slow, [0.4] * 6, label="one-cpu", stop=threading.Event(), in_flight=6))
+    assert time.monotonic() - begin >= 3 * 0.4
+
+
+def test_tasks_compute_on_one_thread_everywhere(client: Client) -> None:
+    import torch
+
+    for where in (None, client):
+        assert call(where, threads_in_use, 0, label="t", stop=threading.Event()) == 1
+    torch.set_num_threads(1)
+
+
+def threads_in_use(_: int) -> int:
+    import torch
+
+    return int(torch.get_num_threads())
+
+
+def test_the_smallest_worker_counts(client: Client) -> None:
+    assert smallest_memory(client) == pytest.approx(1.5e9, rel=0.01)
+    assert smallest_memory(None) == float("inf")
+
+
+def test_a_cluster_that_lost_all_workers_is_an_error_and_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import graph
+
+    monkeypatch.setattr(graph, "NO_WORKERS", 0.5)
+    with connect(Profile(kind="local", workers=1, memory=1.5)) as client:
+        assert client is not None
+        client.cluster.scale(0)
+        while client.nthreads():
+            time.sleep(0.1)
+        with pytest.raises(ResourceError, match="no worker is left"):
+            list(stream(client, square, [1], label="none", stop=threading.Event()))
