@@ -66,7 +66,6 @@ def main() -> None:
 
 def _print_bug(error: Exception) -> None:
     """One trace, trimmed to our own code; the log holds all of it."""
-    logging.getLogger("colonnade").debug("a bug stopped the run", exc_info=error)
     frames = traceback.extract_tb(error.__traceback__)
     root = str(Path(__file__).resolve().parent.parent)
     ours = [frame for frame in frames if frame.filename.startswith(root) and "site-packages" not in frame.filename]
@@ -177,6 +176,8 @@ def run(
             )
             raise typer.Exit(128 + signals.number) from None
         except BaseException:
+            # The logs are closed when the error reaches `main`.
+            logging.getLogger("colonnade").debug("the run stopped", exc_info=True)
             console.print("stopped; what is done is kept. To go on:", again, markup=False)
             raise
     raise typer.Exit(_tell(outcomes))
