@@ -201,6 +201,10 @@ def ingest_all(
         raise SettingsError(
             f"{target} is one stack, but the sources hold {len(movies)} movies ({names}); name a folder"
         )
+    if target.is_file():
+        raise SettingsError(
+            f"{target} is a file; expected the stack to write, STACK.zarr, or a folder, as last argument"
+        )
     guard = target.parent / f".{target.name}.lease"
     with Lease(guard):
         damaged = _ingest_each(movies, target, lines, client=client, progress=progress, stop=stop)
