@@ -32,7 +32,7 @@ class Example(NamedTuple):
 
 def random_spec(rng: np.random.Generator, *, edge: int, sampling: float) -> MovieSpec:
     """Any specimen and microscope. The sampling varies by a quarter, though the network is told it is `sampling`."""
-    family = rng.choice(["particle", "sheet", "nothing"], p=[0.55, 0.29, 0.16])
+    family = rng.choice(["particle", "sheet", "nothing"], p=[0.52, 0.29, 0.19])
     common: dict[str, Any] = {
         "shape": (edge, edge),
         "frames": 1,
@@ -63,7 +63,7 @@ def random_spec(rng: np.random.Generator, *, edge: int, sampling: float) -> Movi
             hole=float(rng.choice([0.0, rng.uniform(3, 12)])),
         )
     if family == "nothing":
-        return MovieSpec(**common, kind=str(rng.choice(["carbon", "vacuum"], p=[0.65, 0.35])), energy=300.0)
+        return MovieSpec(**common, kind=str(rng.choice(["carbon", "vacuum"], p=[0.7, 0.3])), energy=300.0)
     particles = int(rng.choice([1, 1, 1, 2, 3]))
     return MovieSpec(
         **common,
@@ -91,12 +91,16 @@ def examples_of(spec: MovieSpec, rng: np.random.Generator, *, sampling: float, v
         clean = camera.image(0, 0.0)
         return [labelled(clean, truth, 1 if len(truth) else 0, sampling=sampling, spec=spec)]
     wave = camera.wave(0, scene.drift[0])
-    found = []
+    seen = []
     for defocus in (DEFOCI if len(truth) else rng.choice(DEFOCI, views, replace=False)) + rng.uniform(-10, 10):
         clean = camera.on_detector(camera.with_ctf(wave, float(defocus)))
         sign, _ = polarity_of(clean, truth, spec)
         if sign or not len(truth):
-            found.append((_clarity(clean, truth, spec, sign), sign, clean))
+            seen.append((*_plainness(clean, truth, spec, sign), sign, clean))
+    if not seen:
+        return []
+    merits = imaging.merit(np.array([item[0] for item in seen]), np.array([item[1] for item in seen]))
+    found = [(float(m), sign, clean) for m, (_, _, sign, clean) in zip(merits, seen, strict=True)]
     found.sort(key=lambda item: -item[0])
     chosen = [next((item for item in found if item[1] == sign), None) for sign in (1, -1)]
     good = [item for item in found if item[0] > found[0][0] - 2.0]
@@ -108,10 +112,13 @@ def examples_of(spec: MovieSpec, rng: np.random.Generator, *, sampling: float, v
     return [labelled(clean, truth, sign, sampling=sampling, spec=spec) for _, sign, clean in kept]
 
 
-def _clarity(clean: np.ndarray, truth: np.ndarray, spec: MovieSpec, sign: int) -> float:
-    """How plainly the visible columns show with the sign that they have; 1 where there are none."""
-    truth = truth[truth["visible"]]
-    return imaging.clarity((sign or 1) * clean, truth["y"], truth["x"], spec.sampling) if len(truth) else 1.0
+def _plainness(clean: np.ndarray, truth: np.ndarray, spec: MovieSpec, sign: int) -> tuple[float, float]:
+    """Clarity and mean contrast of the visible columns with the sign that they have; 1 where there are none."""
+    y, x = (truth[axis][truth["visible"]] for axis in "yx")
+    if not len(y):
+        return 1.0, 1.0
+    contrast = imaging.column_contrast(clean, y, x, 1.2 / spec.sampling)
+    return imaging.clarity(sign * clean, y, x, spec.sampling), float(sign * contrast.mean())
 
 
 def labelled(clean: np.ndarray, truth: np.ndarray, polarity: int, *, sampling: float, spec: MovieSpec) -> Example:
@@ -161,7 +168,11 @@ def degrade(image: np.ndarray, rng: np.random.Generator, *, mode: str) -> np.nda
         width = rng.choice([0.0, rng.uniform(0.5, 3.0)], p=[0.2, 0.8])
         field = rng.standard_normal(image.shape) * (1.0 if width else level)
         field = gaussian_filter(field, width, mode="reflect") * level if width else field
+        if rng.random() < 0.3:  # denoisers that work at half resolution leave blocks
+            field = np.kron(field[::2, ::2], np.ones((2, 2)))[: image.shape[0], : image.shape[1]]
         noise += share * field / max(float(field.std()), 1e-6)
+    if rng.random() < 0.5:  # and are surer of themselves in some places than in others
+        noise *= np.exp(rng.uniform(0, 1.2) * 15 * gaussian_filter(rng.standard_normal(image.shape), 4.0))
     image = image + strength * noise / max(float(noise.std()), 1e-6) * float(level.mean())
     if rng.random() < 0.4:
         rows, cols = (np.linspace(-1, 1, n) for n in image.shape)

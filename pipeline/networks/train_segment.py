@@ -66,16 +66,24 @@ def simulate(training: Training, report: Report) -> list[Example]:
 
 
 def train(
-    examples: list[Example], training: Training, report: Report, *, keep: Callable[[MSDNet, int], None] | None = None
+    examples: list[Example],
+    training: Training,
+    report: Report,
+    *,
+    start: MSDNet | None = None,
+    keep: Callable[[MSDNet, int], None] | None = None,
 ) -> MSDNet:
     """A network trained for a fixed number of steps; the same input gives the same weights on one machine.
 
+    It begins with the weights of `start`, if there are any.
     What is returned, and given to `keep` after every 200 steps, is the running mean of the weights.
     """
     torch.manual_seed(training.seed)
     network = MSDNet(inputs=1, outputs=2, width=training.width, dilations=training.dilations)
     with torch.no_grad():
         cast(Tensor, network.last.bias).copy_(torch.tensor([RARE, 0.0]))
+    if start is not None:
+        network.load_state_dict(start.state_dict())
     average = copy.deepcopy(network).requires_grad_(False).eval()
     optimiser = torch.optim.Adam(network.parameters(), lr=training.rate)
     rng = np.random.default_rng([training.seed, 8])

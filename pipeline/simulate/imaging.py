@@ -103,6 +103,14 @@ def clarity(image: np.ndarray, y: np.ndarray, x: np.ndarray, sampling: float) ->
     return float(np.quantile(at, 0.1) - np.quantile(between, 0.98)) / spread
 
 
+def merit(clarity: np.ndarray, contrast: np.ndarray) -> np.ndarray:
+    """What makes one of several defoci (defocus,) the best: columns that are clear, but not where they are faint.
+
+    clarity of each, and mean contrast of the columns in each, both positive for the wanted sign.
+    """
+    return np.asarray(np.minimum(clarity, 2.0) + 2.0 * contrast / (np.abs(contrast).max() + 1e-12))
+
+
 def column_contrast(image: np.ndarray, y: np.ndarray, x: np.ndarray, radius: float) -> np.ndarray:
     """Contrast (column,) of an image (y, x) at columns [px]: value there minus the mean on a circle of `radius`."""
     angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)

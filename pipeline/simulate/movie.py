@@ -131,11 +131,12 @@ class Camera:
         wave = self.wave(0, self.scene.drift[0])
         sign = 1 if spec.contrast == "bright" else -1
         y, x = truth["y"] + self.corner[0], truth["x"] + self.corner[1]
-        merits = []
+        clear, contrast = [], []
         for defocus in DEFOCI:
             canvas = self.with_ctf(wave, defocus)
-            merits.append(imaging.clarity(sign * canvas, y, x, spec.sampling) + float(np.std(canvas)))
-        return float(DEFOCI[int(np.argmax(merits))])
+            clear.append(imaging.clarity(sign * canvas, y, x, spec.sampling))
+            contrast.append(sign * imaging.column_contrast(canvas, y, x, 1.2 / spec.sampling).mean())
+        return float(DEFOCI[int(np.argmax(imaging.merit(np.array(clear), np.array(contrast))))])
 
     def _placed(self, frame: int, drift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         points, numbers, _ = self.scene.atoms(frame)

@@ -14,7 +14,7 @@ from schemas.errors import SettingsError
 # What the network was trained with: retrain it when one of these changes.
 SAMPLING_RANGE = (0.03, 0.40)  # Å/px of the detector; coarser frames do not resolve columns
 FLATTEN = 5.0  # Å, standard deviation of the Gaussian whose local mean is removed
-FLOOR = 0.02  # of the mean intensity; a frame that varies less than this is flat, and stays small
+FLOOR = 0.04  # of the mean intensity; a frame that varies less than this is flat, and stays small
 KNEE = 3.0  # contrast, in units of the frame's, beyond which the input grows only logarithmically
 
 
