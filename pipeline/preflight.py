@@ -51,6 +51,7 @@ def problems_of(job: Job) -> tuple[list[str], list[str]]:
         try:
             plan.models(movie.settings)
             plan.maps(movie.settings)
+            _require_halo(movie.settings)
             if movie.files.reader == "stack":
                 stack = open_ingested(movie.files.paths[0], movie.settings.source)
                 facts.append(f"{movie.name}: stack {stack.shape}, {stack.sampling:g} Å/px")
@@ -64,6 +65,22 @@ def problems_of(job: Job) -> tuple[list[str], list[str]]:
     if not _writable(nearest):
         problems.append(f"output {job.output} cannot be written; choose another folder")
     return problems, facts
+
+
+def _require_halo(settings: Settings) -> None:
+    """Refuse windows that would show seams: the halo must hold all that a pixel's answer depends on."""
+    radius = int(getattr(load_weights(settings.segment.model).module, "receptive_radius", 0))
+    window, halo = settings.segment.window, settings.segment.halo
+    if halo is not None and halo < radius:
+        raise SettingsError(
+            f"segment.halo is {halo} px; the network of segment.model looks {radius} px around a pixel: set "
+            "segment.halo to at least that"
+        )
+    if window is not None and window <= 2 * (halo or radius):
+        raise SettingsError(
+            f"segment.window is {window} px; expected more than two halos of {halo or radius} px: set segment.window "
+            f"to at least {4 * (halo or radius)}, or to none"
+        )
 
 
 def _fact(description: Description) -> str:

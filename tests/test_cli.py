@@ -168,6 +168,17 @@ def test_check_of_a_good_job(colonnade: Command, tiny_movie: Path, quick: list[s
     assert "no problem found" in out
 
 
+def test_check_knows_that_a_halo_is_too_small(
+    colonnade: Command, tiny_movie: Path, quick: list[str], tmp_path: Path
+) -> None:
+    given = [*options(quick), "--set", "segment.halo=9"]
+    code, _, err = colonnade("check", tiny_movie, "-o", tmp_path / "out", *given)
+    assert code == 2
+    assert "segment.halo is 9 px; the network of segment.model looks 23 px around" in err.replace("\n", " ")
+    _, _, err = colonnade("check", tiny_movie, "-o", tmp_path / "out", *options(quick), "--set", "segment.window=40")
+    assert "segment.window is 40 px; expected more than two halos of 24 px" in err.replace("\n", " ")
+
+
 def test_missing_calibration_names_the_setting(colonnade: Command, tiny_movie: Path, tmp_path: Path) -> None:
     code, _, err = colonnade("check", tiny_movie, "-o", tmp_path / "out")
     assert code == 2

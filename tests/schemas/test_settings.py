@@ -117,6 +117,14 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     assert job.denoise.weights == "pretrained"
 
 
+def test_none_means_nothing_where_nothing_is_allowed(tmp_path: Path) -> None:
+    items = ["segment.window=none", "denoise.tile=null", "lowpass.cutoff=none", "denoise.network=none"]
+    job = load_job(write(tmp_path, MINIMAL), items)
+    assert (job.segment.window, job.denoise.tile, job.lowpass.cutoff) == (None, None, None)
+    assert job.denoise.network == "none"
+    assert "denoise.steps" in problems(tmp_path, MINIMAL, ("denoise.steps=none",))
+
+
 def test_overrides_accumulate_in_order() -> None:
     assert parse_overrides(["a.b=1", "a.c=[x, y]", "a.b=2"]) == {"a": {"b": 2, "c": ["x", "y"]}}
 
