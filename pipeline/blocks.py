@@ -14,14 +14,13 @@ import torch
 from pipeline import inference, store
 from pipeline.movie import Clock, Movie, Task, open_movie, record, saturation_of
 from pipeline.parts import read_part, write_part
-from pipeline.plan import step_blocks
+from pipeline.plan import SAMPLE_PIXELS, step_blocks
 from pipeline.prepare import prepare_denoiser
 from pipeline.steps import columns, denoise, detector, drift, noise, species
 from schemas.conventions import STATUS
 
 SMALLER_TILES = 2  # how often tiles and windows are halved before memory is declared too small
 NO_NOISE = noise.NoiseModel(0.0, 1.0, 0.0, calibrated=False, signal_dependent=True)
-SAMPLE_PIXELS = 2**26  # most pixels of a sample of frames: what keeps it in memory whatever the frame size
 
 
 def sample_indices(frames: int, wanted: int, pixels: int) -> np.ndarray:

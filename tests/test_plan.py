@@ -232,7 +232,7 @@ def test_memory_grows_with_what_a_task_holds_and_not_with_the_movie() -> None:
     base = memory([], (1000, 1024, 1024))
     assert memory([], (100_000, 1024, 1024)) == base
     assert memory([], (1000, 2048, 2048)) > base
-    assert memory([], (1000, 1024, 1024), size=16) > base
+    assert memory([], (1000, 1024, 1024), size=64) > base
     assert memory(["images.save=[denoised]"], (1000, 1024, 1024)) >= base
     assert memory(["denoise.tile=256", "segment.window=256"], (1000, 4096, 4096)) < memory(
         ["denoise.tile=null", "segment.window=null"], (1000, 4096, 4096)
