@@ -364,7 +364,8 @@ def train(
     """Train the weights that ship with the project again."""
     from pipeline.networks.shipped import train as train_weights
 
-    out.print(f"wrote {train_weights(what, output, steps=steps)}", markup=False)
+    digest = train_weights(what, output, steps=steps, report=lambda line: out.print(line, markup=False))
+    out.print(f"wrote weights with SHA-256 {digest}", markup=False)
 
 
 @app.command()

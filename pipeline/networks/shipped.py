@@ -1,0 +1,54 @@
+"""Train the weights that ship with the project again: what they were trained with, and the way to the file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.networks import pretrain, train_segment
+from pipeline.networks.weights import SHIPPED, save_weights
+from schemas.errors import SettingsError
+
+Report = Callable[[str], None]
+
+DENOISE_CONFIG: dict[str, Any] = {"frames": 7, "channels": 48, "dilations": [2, 4, 2]}
+DENOISE = pretrain.PretrainSettings(
+    steps=10_000, simulated=60, phantoms=300, crop=96, batch=8, learning_rate=3e-3, seed=1
+)
+COLUMNS = train_segment.SHIPPED
+
+
+def train(what: str, output: Path | None, *, steps: int | None, report: Report) -> str:
+    """Train ``columns`` or ``denoise`` and write ``output`` (default: the shipped file); its SHA-256."""
+    if what not in ("columns", "denoise"):
+        raise SettingsError(f"{what!r} cannot be trained; expected columns or denoise")
+    path = output or SHIPPED / f"{what}.safetensors"
+    if what == "columns":
+        return train_columns(path, dataclasses.replace(COLUMNS, steps=steps or COLUMNS.steps), report=report)
+    return train_denoise(path, DENOISE._replace(steps=steps or DENOISE.steps), report=report)
+
+
+def train_denoise(path: Path, settings: pretrain.PretrainSettings, *, report: Report) -> str:
+    """Pretrain the denoiser; snapshots of the running average are written to ``path`` on the way."""
+    facts: dict[str, Any] = {"training": settings._asdict(), "command": "scripts/train_denoise"}
+
+    def snapshot(average: Any) -> None:
+        save_weights(average, path, facts | {"finished": False})
+
+    network = pretrain.pretrain(DENOISE_CONFIG, settings, report=report, snapshot=snapshot)
+    facts["figures"] = pretrain.card_figures(network, seed=1234)
+    return save_weights(network, path, facts)
+
+
+def train_columns(path: Path, training: train_segment.Training, *, report: Report, every: bool = False) -> str:
+    """Train the column network; with ``every`` also write ``path``.STEP now and then."""
+    examples = train_segment.simulate(training, report)
+    facts = train_segment.metadata(training, len(examples))
+
+    def keep(network: Any, step: int) -> None:
+        save_weights(network, f"{path}.{step}", facts)
+
+    network = train_segment.train(examples, training, report, keep=keep if every else None)
+    return save_weights(network, path, facts)
