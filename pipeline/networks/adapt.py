@@ -32,7 +32,8 @@ HOLD_SQUARE = 16
 HOLD_SHARE = 10
 RUN_LENGTH = 12
 CHECK_FRAMES = 12
-SLOT_DROPOUT = 0.1
+SLOT_DROPOUT = 0.2
+END_DROPOUT = 0.1
 # The filter of the neighbours: its reach [px], and the smoothing of the spectrum [frequency steps of the frame].
 CONTEXT_RADIUS = 64
 CONTEXT_SMOOTHING = 1.25
@@ -265,13 +266,18 @@ class _Batches:
         turn = self._random(16)
         if turn & 8:
             stack, valid = stack.flip(0), valid.flip(0)
-        if self._random(1000) < 1000 * SLOT_DROPOUT:
-            # The ends of movies: only neighbours up to some distance, on one side, are there.
-            reach, side = self._random(max(abs(o) for o in offsets) + 1), self._random(2) * 2 - 1
-            for slot, offset in enumerate(offsets):
-                if offset * side > reach:
-                    stack[slot], valid[slot] = level.mean, False
+        for slot in self._dropped(offsets):
+            stack[slot], valid[slot] = level.mean, False
         return tuple(_turned(part, turn) for part in (stack, valid, target, weight, self.contexts[here]))
+
+    def _dropped(self, offsets: Sequence[int]) -> list[int]:
+        """Neighbours to leave out: any of them, lest noise be learnt by heart; and now and then all at one end."""
+        rolls = torch.rand(len(offsets), generator=self.generator)
+        dropped = [slot for slot, offset in enumerate(offsets) if offset and rolls[slot] < SLOT_DROPOUT]
+        if self._random(1000) < 1000 * END_DROPOUT:
+            reach, side = self._random(max(abs(o) for o in offsets) + 1), self._random(2) * 2 - 1
+            dropped += [slot for slot, offset in enumerate(offsets) if offset * side > reach]
+        return dropped
 
 
 def _turned(image: Tensor, turn: int) -> Tensor:
