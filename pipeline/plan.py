@@ -212,9 +212,9 @@ def _reason(ledger: Ledger, step: str, deps: Mapping[str, Any], key: str, total:
 
 # ----------------------------------------------------------------------------------------------------------- costs
 
-BASE_MEMORY = 0.65e9  # bytes of a worker that has imported torch, zarr and dask and loaded both networks
+BASE_MEMORY = 0.7e9  # bytes of a worker that has imported torch, zarr and dask and loaded both networks
 SAMPLE_PIXELS = 2**26  # most pixels of a sample of frames: what keeps it in memory whatever the frame size
-SMALL_PIXELS = 512 * 512
+FITTING_MEMORY = 0.25e9  # bytes that the fit of the noise takes at most beside its frames
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,8 @@ def predict_memory(settings: Settings, shape: tuple[int, int, int], itemsize: in
     survey = pixels * (pairs * (itemsize + 4 + 8) + 12 * 8)
     sample = min(shape[0] * pixels, settings.detector.sample_frames * pixels, max(SAMPLE_PIXELS, 8 * pixels))
     ingest = 3 * min(shape[0] * pixels * itemsize, settings.stacks.shard_megabytes * 2**20)
-    return BASE_MEMORY + max(process + activations, survey, sample * (itemsize + 12), ingest)
+    calibrate = sample * (itemsize + 8) + min(sample * 30, FITTING_MEMORY)
+    return BASE_MEMORY + max(process + activations, survey, calibrate, ingest)
 
 
 def predict_costs(
