@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter, maximum_filter
 from pipeline.networks.msdnet import MSDNet
 from pipeline.networks.weights import load_weights
 from pipeline.simulate.movie import MovieSpec, simulate_frames, simulate_movie
-from pipeline.steps import segment
+from pipeline.steps import denoise, segment
 from schemas.errors import SettingsError
 
 
@@ -73,10 +73,15 @@ def test_columns_are_found_where_they_are(columns, spec, polarity):
 
 
 @pytest.mark.parametrize("dose", [200.0, 1000.0])
-def test_pure_noise_holds_no_columns(columns, dose):
-    movie = simulate_frames((200, 200), 4, sampling=0.17, dose=dose, seed=3)
+def test_pure_noise_once_denoised_holds_no_columns(columns, dose):
+    movie = simulate_frames((200, 200), 8, sampling=0.17, dose=dose, seed=3)
+    electrons = movie.counts.astype(np.float32)
+    links = denoise.FrameLinks(np.zeros((8, 2), np.int64), np.ones(8, bool), np.zeros(8, np.int64))
+    level = denoise.measure_level(electrons, readout_variance=0.0)
+    network = load_weights("denoise").module
+    made = denoise.denoise(network, electrons, [3, 4, 5], links=links, level=level, tile=None, dtype="auto")
     for polarity in (1, -1):
-        assert not len(peaks(probability(columns, smoothed(movie), 0.17, polarity)[0], 0.17))
+        assert not sum(len(peaks(map_, 0.17)) for map_ in probability(columns, made, 0.17, polarity))
 
 
 @pytest.mark.parametrize(("contrast", "sign"), [("bright", 1), ("dark", -1)])
