@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipeline.networks import pretrain, train_segment
-from pipeline.networks.weights import SHIPPED, save_weights
+from pipeline.networks.msdnet import MSDNet
+from pipeline.networks.weights import SHIPPED, load_weights, save_weights
 from schemas.errors import SettingsError
 
 Report = Callable[[str], None]
@@ -42,13 +43,19 @@ def train_denoise(path: Path, settings: pretrain.PretrainSettings, *, report: Re
     return save_weights(network, path, facts)
 
 
-def train_columns(path: Path, training: train_segment.Training, *, report: Report, every: bool = False) -> str:
-    """Train the column network; with ``every`` also write ``path``.STEP now and then."""
+def train_columns(
+    path: Path, training: train_segment.Training, *, report: Report, start: str | None = None, every: bool = False
+) -> str:
+    """Train the column network, from the weights ``start`` if named; with ``every`` also write ``path``.STEP."""
     examples = train_segment.simulate(training, report)
     facts = train_segment.metadata(training, len(examples))
+    first = load_weights(start) if start else None
+    if first is not None:
+        facts["started_from"] = {"sha256": first.sha256, "training": first.metadata["training"]}
 
     def keep(network: Any, step: int) -> None:
         save_weights(network, f"{path}.{step}", facts)
 
-    network = train_segment.train(examples, training, report, keep=keep if every else None)
+    begin = cast(MSDNet, first.module) if first is not None else None
+    network = train_segment.train(examples, training, report, start=begin, keep=keep if every else None)
     return save_weights(network, path, facts)
