@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import dask.config
-from distributed import Client
+from distributed import Client, Worker, WorkerPlugin
 
 from cluster.checks import check_workers
 from cluster.gpu import cuda_cluster
@@ -40,6 +42,17 @@ CONFIG = {
 }
 
 
+class IgnoreInterrupts(WorkerPlugin):
+    """Ctrl-C reaches every process of a terminal; what becomes of the workers is for the driver to decide."""
+
+    name = "ignore-interrupts"
+
+    def setup(self, worker: Worker) -> None:
+        """Called as each worker starts, restarted ones too."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @contextmanager
 def connect(profile: Profile) -> Iterator[Client | None]:
     """A client whose workers were checked to run this very copy; None for the serial profile.
@@ -64,5 +77,6 @@ def connect(profile: Profile) -> Iterator[Client | None]:
             return
         start = cuda_cluster if profile.kind == "cuda" else local_cluster
         with start(profile) as cluster, Client(cluster, set_as_default=False) as client:
+            client.register_plugin(IgnoreInterrupts())
             check_workers(client, profile)
             yield client

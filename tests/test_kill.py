@@ -186,7 +186,10 @@ def test_everything_is_killed_and_the_next_run_goes_on(movie, settings, undistur
 def test_signal_stops_the_run_and_says_how_to_go_on(movie, settings, undisturbed, tmp_path, number, code):
     run = Running(movie, tmp_path / "out", settings)
     run.wait_for_parts(12)
-    run.process.send_signal(number)
+    if number == signal.SIGINT:
+        os.killpg(run.process.pid, number)  # what a terminal does: Ctrl-C reaches the workers too
+    else:
+        run.process.send_signal(number)
     returned, _, err = run.finish()
     assert returned == code, err
     assert "To go on:" in err and "--set blocks.frames=4" in err.replace("\n", " ")
