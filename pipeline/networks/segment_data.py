@@ -56,10 +56,10 @@ def random_spec(rng: np.random.Generator, *, edge: int, sampling: float) -> Movi
         return MovieSpec(
             **common,
             kind=kind,
-            mode=str(rng.choice(["hrtem", "haadf"], p=[0.7, 0.3])),
+            mode=str(rng.choice(["hrtem", "haadf"], p=[0.55, 0.45])),
             energy=float(rng.choice([60.0, 80.0, 200.0, 300.0], p=[0.25, 0.45, 0.15, 0.15])),
             vacancies=float(rng.choice([0.0, 0.02, 0.08])),
-            dopants=float(rng.choice([0.0, 0.005, 0.02])),
+            dopants=float(rng.choice([0.0, 0.02, 0.1], p=[0.4, 0.3, 0.3])),
             hole=float(rng.choice([0.0, rng.uniform(3, 12)])),
         )
     if family == "nothing":
