@@ -32,6 +32,7 @@ console = Console(stderr=True, soft_wrap=True)
 out = Console(soft_wrap=True, highlight=False)
 
 DONE, BUG, USER, QUARANTINED, SITE = 0, 1, 2, 3, 4
+CLOSING_SECONDS = 30.0  # for workers to end after a stop; then the driver leaves, and they with it
 
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="a setting, section.key=value; may be repeated")]
 ClusterOption = Annotated[
@@ -142,6 +143,27 @@ def _without_redo(words: list[str]) -> list[str]:
     return [word for word in kept if not word.startswith("--redo=")]
 
 
+@contextmanager
+def _resumable(again: str, signals: _Signals) -> Iterator[None]:
+    """Say how to go on, before the workers are closed: that may take a while, and a user who stopped does not wait."""
+    from pipeline.graph import Stopped
+
+    try:
+        yield
+    except Stopped:
+        code = 128 + signals.number
+        console.print(f"stopped by signal {signals.number}; what is done is kept. To go on:", again, markup=False)
+        closing = threading.Timer(CLOSING_SECONDS, os._exit, (code,))
+        closing.daemon = True
+        closing.start()
+        raise typer.Exit(code) from None
+    except BaseException:
+        # The logs are closed when the error reaches `main`.
+        logging.getLogger("colonnade").debug("the run stopped", exc_info=True)
+        console.print("stopped; what is done is kept. To go on:", again, markup=False)
+        raise
+
+
 @app.command()
 def run(
     sources: SourcesArgument,
@@ -153,7 +175,6 @@ def run(
     """Process movies; what an earlier run finished is used."""
     from cluster import connect
     from pipeline import plan
-    from pipeline.graph import Stopped
     from pipeline.progress import display
     from pipeline.story import run as run_job
     from schemas.profiles import load_profile
@@ -165,21 +186,10 @@ def run(
     again = shlex.join(_without_redo(sys.argv))
     with _logs(job.output), _Signals() as signals:
         logging.getLogger("colonnade").info("run: %s", shlex.join(sys.argv))
-        try:
-            with connect(profile) as client, display(console) as progress:
-                outcomes = run_job(
-                    job, client=client, device=profile.device, redo=redo, progress=progress, stop=signals.stop
-                )
-        except Stopped:
-            console.print(
-                f"stopped by signal {signals.number}; what is done is kept. To go on:\n  {again}", markup=False
+        with connect(profile) as client, display(console) as progress, _resumable(again, signals):
+            outcomes = run_job(
+                job, client=client, device=profile.device, redo=redo, progress=progress, stop=signals.stop
             )
-            raise typer.Exit(128 + signals.number) from None
-        except BaseException:
-            # The logs are closed when the error reaches `main`.
-            logging.getLogger("colonnade").debug("the run stopped", exc_info=True)
-            console.print("stopped; what is done is kept. To go on:", again, markup=False)
-            raise
     raise typer.Exit(_tell(outcomes))
 
 
