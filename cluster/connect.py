@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import dask.config
+import psutil
 from distributed import Client, Worker, WorkerPlugin
 
 from cluster.checks import check_workers
@@ -15,6 +17,8 @@ from cluster.gpu import cuda_cluster
 from cluster.local import local_cluster
 from schemas.errors import ResourceError
 from schemas.profiles import Profile
+
+CLOSE_SECONDS = 15.0
 
 CONFIG = {
     # A task lost with its worker says nothing of the task: Dask's own counter must never end a run.
@@ -76,7 +80,27 @@ def connect(profile: Profile) -> Iterator[Client | None]:
                 yield client
             return
         start = cuda_cluster if profile.kind == "cuda" else local_cluster
-        with start(profile) as cluster, Client(cluster, set_as_default=False) as client:
+        with _closing(start(profile)) as cluster, Client(cluster, set_as_default=False) as client:
             client.register_plugin(IgnoreInterrupts())
             check_workers(client, profile)
             yield client
+
+
+@contextmanager
+def _closing(cluster: Any) -> Iterator[Any]:
+    """Close a cluster of our own within bounded time.
+
+    Dask waits for ever for a worker that died just before it was asked to close; by then all results are on disk, so
+    the processes that are left may be killed.
+    """
+    try:
+        yield cluster
+    finally:
+        try:
+            cluster.close(timeout=CLOSE_SECONDS)
+        except TimeoutError:
+            cluster.shutdown_on_close = False  # Dask would try once more as the interpreter exits
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    if any("spawn_main" in word for word in child.cmdline()):
+                        child.kill()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -9,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from distributed import Client
+from distributed import Client, Nanny
 
 from cluster import checks, connect
 from cluster.local import size
@@ -133,3 +136,15 @@ def test_an_existing_scheduler_is_used_by_its_address(scheduler: tuple[str, Path
             assert isinstance(client, Client)
             assert client.submit(sum, [1, 2], resources={"CPU": 1}).result() == 3
         good.terminate()
+
+
+def test_a_worker_that_never_closes_does_not_hold_up_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(self: Nanny, *args: object, **kwargs: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(sys.modules[connect.__module__], "CLOSE_SECONDS", 0.5)
+    with connect(Profile(workers=1)) as client:
+        assert client is not None
+        (pid,) = client.run(os.getpid).values()
+        monkeypatch.setattr(Nanny, "close", never)
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
