@@ -11,6 +11,7 @@ from typing import Any
 import dask.config
 import psutil
 from distributed import Client, Worker, WorkerPlugin
+from distributed.core import Status
 
 from cluster.checks import check_workers
 from cluster.gpu import cuda_cluster
@@ -100,7 +101,17 @@ def _closing(cluster: Any) -> Iterator[Any]:
             cluster.close(timeout=CLOSE_SECONDS)
         except TimeoutError:
             cluster.shutdown_on_close = False  # Dask would try once more as the interpreter exits
-            for child in psutil.Process().children(recursive=True):
-                with suppress(psutil.Error):
-                    if any("spawn_main" in word for word in child.cmdline()):
-                        child.kill()
+            for nanny in cluster.workers.values():
+                nanny.status = Status.closing  # or it would replace the worker that is ended here
+            _kill_workers()
+
+
+def _kill_workers() -> None:
+    """End worker processes that this process started."""
+    workers = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if any("spawn_main" in word for word in child.cmdline()):
+                child.kill()
+                workers.append(child)
+    psutil.wait_procs(workers, timeout=5)

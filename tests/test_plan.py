@@ -56,7 +56,7 @@ def changed(before: dict[str, str], after: dict[str, str]) -> tuple[str, ...]:
         ("lowpass.cutoff=1", "vote"),
         ("segment.contrast=dark", "vote"),
         ("segment.window=128", "process"),
-        ("columns.threshold=0.4", "process"),
+        ("columns.threshold=0.6", "process"),
         ("images.save=[denoised]", "process"),
         ("images.examples=3", "collect"),
         ("blocks.frames=3", None),
