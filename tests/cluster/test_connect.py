@@ -129,6 +129,10 @@ def test_an_existing_scheduler_is_used_by_its_address(scheduler: tuple[str, Path
             pass
         plain.terminate()
         plain.wait()
+    with Client(address, set_as_default=False) as client:  # a loaded scheduler notices later that a worker has gone
+        deadline = time.monotonic() + 60
+        while client.nthreads() and time.monotonic() < deadline:
+            time.sleep(0.1)
     with ExitStack() as stack:
         command = [*worker, "--no-dashboard", "--resources", "CPU=1"]
         good = stack.enter_context(subprocess.Popen(command, stderr=subprocess.DEVNULL))
