@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from typing import Any
 
 import dask.config
 import psutil
-from distributed import Client, Worker, WorkerPlugin
+from distributed import Client, Security, Worker, WorkerPlugin
+from distributed.comm import connect as dial
 from distributed.core import Status
 
 from cluster.checks import check_workers
@@ -70,13 +72,13 @@ def connect(profile: Profile) -> Iterator[Client | None]:
     with dask.config.set(CONFIG):
         if profile.kind == "address":
             try:
-                client = Client(profile.address, timeout=profile.start_timeout, set_as_default=False)
+                asyncio.run(_call_up(profile.address, profile.start_timeout))
             except (OSError, ValueError) as error:
                 raise ResourceError(
                     f"no scheduler answers at {profile.address} within {profile.start_timeout:g} s ({error}); "
                     "start one with `dask scheduler`, or check the address"
                 ) from None
-            with client:
+            with Client(profile.address, timeout=profile.start_timeout, set_as_default=False) as client:
                 check_workers(client, profile)
                 yield client
             return
@@ -85,6 +87,16 @@ def connect(profile: Profile) -> Iterator[Client | None]:
             client.register_plugin(IgnoreInterrupts())
             check_workers(client, profile)
             yield client
+
+
+async def _call_up(address: str | None, timeout: float) -> None:
+    """Raise ``OSError`` or ``ValueError`` if nobody answers.
+
+    Asked before a client is made: one whose constructor fails cannot be closed, and locks up the process if it is
+    collected while another one starts.
+    """
+    comm = await dial(address or "", timeout=timeout, **Security().get_connection_args("client"))
+    comm.abort()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
@@ -64,8 +65,14 @@ def test_a_gpu_that_is_not_there_is_said() -> None:
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "tcp://no.such.host.invalid:8786", "nonsense://x", "tcp://"])
 def test_an_address_where_nothing_answers_is_said(address: str) -> None:
     profile = Profile(kind="address", address=address, start_timeout=5.0)
-    with pytest.raises(ResourceError, match=r"no scheduler answers at .*check the address"), connect(profile):
-        pass
+    gc.collect()
+    gc.disable()  # a client that is left behind would be collected at any moment, also while another one starts
+    try:
+        with pytest.raises(ResourceError, match=r"no scheduler answers at .*check the address"), connect(profile):
+            pass
+        assert not [left for left in gc.get_objects() if type(left) is Client and left.status != "closed"]
+    finally:
+        gc.enable()
 
 
 def test_workers_that_run_another_copy_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
