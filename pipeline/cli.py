@@ -19,6 +19,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
+from pipeline.cli_models import models
 from schemas.errors import ColonnadeError, ResourceError, SettingsError
 
 app = typer.Typer(
@@ -348,37 +349,6 @@ def report(
 
 
 @app.command()
-def simulate(
-    spec: Annotated[Path, typer.Argument(help="YAML file of a movie's specification")],
-    target: Annotated[Path, typer.Argument(help="TIFF or MRC file to write; the truth goes beside it")],
-    seed: Annotated[int, typer.Option(help="seed of everything random")] = 0,
-) -> None:
-    """Simulate a movie with a known answer."""
-    from pipeline.results.evaluate import truth_of
-    from pipeline.simulate.files import load_spec, write_movie
-    from pipeline.simulate.movie import simulate_movie
-
-    movie = simulate_movie(load_spec(spec), seed)
-    write_movie(movie, target)
-    truth = target.with_suffix(".truth.npz")
-    truth_of(movie).save(truth)
-    out.print(f"wrote {target} and its truth {truth}", markup=False)
-
-
-@app.command()
-def train(
-    what: Annotated[str, typer.Argument(help="columns or denoise")],
-    output: OutputOption = None,
-    steps: Annotated[int | None, typer.Option(help="training steps; default: those of the shipped weights")] = None,
-) -> None:
-    """Train the weights that ship with the project again."""
-    from pipeline.networks.shipped import train as train_weights
-
-    digest = train_weights(what, output, steps=steps, report=lambda line: out.print(line, markup=False))
-    out.print(f"wrote weights with SHA-256 {digest}", markup=False)
-
-
-@app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="folder to write")] = Path("demo"),
     cluster: ClusterOption = None,
@@ -388,6 +358,8 @@ def demo(
 
     run_demo(folder, profile_name=cluster, console=console, out=out)
 
+
+app.add_typer(models)
 
 if __name__ == "__main__":
     main()
