@@ -13,7 +13,13 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
+from pipeline.steps.bound import cramer_rao
 from pipeline.steps.columns import Peaks, find_columns, inside
+
+__all__ = [
+    "Match", "Score", "Tally", "best_threshold", "cramer_rao", "difference_of_gaussians", "match_columns", "merge",
+    "score", "tally_frame",
+]  # fmt: skip
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
