@@ -1,21 +1,128 @@
-"""Which species a column is. One class for now: without a model every column gets the name the job states, or none."""
+"""Which species columns are, by a trained network, and how many atoms are missing; else what the job states.
+
+A species network gives every pixel of its own grid a probability of each class and of "no site". A site (a lattice
+position, empty ones included) is a maximum of the probability of any class; its class probabilities are the mean of the
+pixels around it. So empty sites are found where there is nothing to find: from the network's maps alone.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.steps import windows
+from pipeline.steps.columns import find_columns, inside
+from pipeline.steps.mixture import Mixture, mixture
+from pipeline.steps.segment import smooth
+from schemas.errors import SettingsError
+
+__all__ = [
+    "Classified",
+    "Mixture",
+    "Sites",
+    "Species",
+    "SpeciesModel",
+    "assign_species",
+    "check_planes",
+    "class_maps",
+    "classify",
+    "count_species",
+    "mixture",
+    "prepare",
+    "vacancies",
+]
 
 UNKNOWN = "unknown"
+# What the networks were trained with: retrain them when one of these changes.
+FLATTEN = 5.0  # Å, standard deviation of the Gaussian whose local mean is removed
+GAIN = {"hrtem": 5.0, "haadf": 1.0}  # of the relative contrast (hrtem), of the contrast in units of the frame's (haadf)
+KNEE = 3.0  # input beyond which it grows only logarithmically
+REACH = 0.22  # Å, standard deviation of the weights with which pixels around a site are averaged
+
+Floats = NDArray[np.float64]
 
 
 class Species(NamedTuple):
-    """name (column) str, probability (column) [1], NaN where no statement is made; classes: names in a fixed order."""
+    """name (column) str, probability (column) [1], NaN where no statement is made; classes: names in a fixed order.
+
+    probabilities (column, class) of all classes, rows sum to 1; None where no model told the classes apart.
+    """
 
     name: NDArray[np.str_]
-    probability: NDArray[np.float64]
+    probability: Floats
     classes: tuple[str, ...]
+    probabilities: Floats | None = None
+
+
+class Sites(NamedTuple):
+    """Lattice sites that the network itself found in one image or focal series, empty ones included.
+
+    y, x (site) [px of the planes, pixel centres on integers], probabilities (site, class), rows sum to 1.
+    """
+
+    y: Floats
+    x: Floats
+    probabilities: Floats
+
+
+class Classified(NamedTuple):
+    """columns: the species of the columns that were asked for; sites: all sites that the network found itself."""
+
+    columns: Species
+    sites: Sites
+
+
+@dataclass(frozen=True)
+class SpeciesModel:
+    """A species network and what its weights say about it; made by `of`.
+
+    classes: names; missing: atoms that a site of each class lacks (vacancy counting); mode: hrtem or haadf; planes: how
+    many images it takes at once; sampling [Å/px] of its own grid, sampling_range [Å/px] of frames it may be shown;
+    distance [Å]: least distance of two sites; temperature: divides the logarithms of the class probabilities.
+    """
+
+    network: nn.Module
+    classes: tuple[str, ...]
+    missing: tuple[int, ...]
+    mode: str
+    planes: int
+    sampling: float
+    sampling_range: tuple[float, float]
+    distance: float
+    temperature: float = 1.0
+
+    @classmethod
+    def of(cls, network: nn.Module, metadata: Mapping[str, Any]) -> SpeciesModel:
+        """Model of a network from the metadata of its weights. Raises SettingsError for weights of another kind."""
+        try:
+            low, high = (float(value) for value in metadata["sampling_range"])
+            return cls(
+                network,
+                tuple(str(name) for name in metadata["classes"]),
+                tuple(int(count) for count in metadata["missing"]),
+                str(metadata["mode"]),
+                int(metadata["planes"]),
+                float(metadata["sampling"]),
+                (low, high),
+                float(metadata["distance"]),
+                float(metadata.get("temperature", 1.0)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise SettingsError(
+                f"these weights tell no species apart (no valid {error} in their metadata); expected those of a "
+                "species network such as mos2-hrtem, graphene-haadf, tmd-haadf; set species.model to one"
+            ) from error
+
+    def occupied(self, name: str) -> bool:
+        """Whether a site of class `name` holds an atom, so that it is a column."""
+        return not name.startswith("0")
 
 
 def assign_species(count: int, *, only: str | None) -> Species:
@@ -33,3 +140,149 @@ def assign_species(count: int, *, only: str | None) -> Species:
 def count_species(name: NDArray[np.str_], *, classes: tuple[str, ...]) -> NDArray[np.int64]:
     """How many columns of each class: (species_class), in the order of classes; other names are not counted."""
     return np.array([np.count_nonzero(name == one) for one in classes], dtype=np.int64)
+
+
+def check_planes(model: SpeciesModel, *, planes: int, sampling: float) -> None:
+    """Raise SettingsError unless the model was trained for this sampling [Å/px] and this many images at a time."""
+    low, high = model.sampling_range
+    if not low <= sampling <= high:
+        raise SettingsError(
+            f"the sampling is {sampling} Å/px; the species model was trained for {low} to {high} Å/px; bin "
+            "finer frames with source.binning, correct source.sampling if it is wrong, or train another model"
+        )
+    if planes != model.planes:
+        raise SettingsError(
+            f"the movie has {planes} image(s) per time point; the species model expects {model.planes}; choose a model "
+            "for such a series with species.model, or none"
+        )
+
+
+def classify(
+    model: SpeciesModel,
+    planes: NDArray[np.floating[Any]],
+    *,
+    columns: tuple[Floats, Floats],
+    sampling: float,
+    threshold: float,
+    margin: float,
+    windowing: tuple[int | None, int],
+    device: str | torch.device = "cpu",
+) -> Classified:
+    """Species of columns (y, x) [px, of this image], and all sites that the network finds itself.
+
+    planes (defocus, y, x) in electrons or any unit proportional to them, not denoised, in the order of the focal
+    series, aligned with each other; one plane in HAADF. sampling [Å/px]. threshold: least probability of a site, as the
+    mean over its pixels; margin [Å]: sites nearer to the edge are left out. windowing: window edge [px of the network;
+    None: the whole image at once] and windows per batch. A column's name is its most probable class that holds an atom,
+    for a column is something that was seen; empty sites appear among `sites` only, which `vacancies` counts.
+    Raises SettingsError for planes the model was not trained for (`check_planes`).
+    """
+    maps = class_maps(model, planes, sampling=sampling, windowing=windowing, device=device)
+    scale = (maps.shape[1] / planes.shape[1], maps.shape[2] / planes.shape[2])
+    y, x = (np.asarray(v, float) for v in columns)
+    asked = _class_probabilities(model, maps, (y + 0.5) * scale[0] - 0.5, (x + 0.5) * scale[1] - 0.5)
+    seen = np.array([model.occupied(name) for name in model.classes])
+    best = np.where(seen, asked, -1.0).argmax(1) if len(y) else np.zeros(0, int)
+    width = max(len(name) for name in model.classes)
+    named = np.array(model.classes, dtype=f"<U{width}")[best]
+    species = Species(named, asked[np.arange(len(y)), best], model.classes, asked)
+    return Classified(species, find_sites(model, maps, scale=scale, threshold=threshold, margin=margin))
+
+
+def find_sites(
+    model: SpeciesModel, maps: Tensor, *, scale: tuple[float, float], threshold: float, margin: float
+) -> Sites:
+    """Sites in class maps (1 + class, y, x); scale: pixels of the network per pixel of the planes along y and x."""
+    site = _blurred(1 - maps[:1], REACH / model.sampling)[0]
+    peaks = find_columns(site, threshold=threshold, min_distance=model.distance / model.sampling)
+    kept = inside(peaks.y, peaks.x, shape=(site.shape[0], site.shape[1]), margin=margin / model.sampling)
+    y, x = peaks.y[kept], peaks.x[kept]
+    probabilities = _class_probabilities(model, maps, y, x)
+    return Sites((y + 0.5) / scale[0] - 0.5, (x + 0.5) / scale[1] - 0.5, probabilities)
+
+
+def class_maps(
+    model: SpeciesModel,
+    planes: NDArray[np.floating[Any]],
+    *,
+    sampling: float,
+    windowing: tuple[int | None, int],
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """Probability of "no site" and of each class, (1 + class, y, x), on the network's grid; see `classify`."""
+    check_planes(model, planes=len(planes), sampling=sampling)
+    prepared = prepare(planes, sampling=sampling, model_sampling=model.sampling, mode=model.mode, device=device)
+    radius = int(model.network.receptive_radius)  # type: ignore[arg-type]
+    window, batch = windowing
+    if window is not None:
+        window = max(window, 4 * radius)
+    with torch.no_grad():
+        logits = windows.blend(
+            model.network, prepared, window=window, halo=radius, receptive_radius=radius, batch=batch
+        )
+    return torch.softmax(logits, 0).cpu()
+
+
+def prepare(
+    planes: NDArray[np.floating[Any]],
+    *,
+    sampling: float,
+    model_sampling: float,
+    mode: str,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """Planes (plane, y, x) as a network wants them: at its own sampling, flat, scaled, strong peaks compressed.
+
+    hrtem: contrast relative to the local mean, on a fixed scale, for that is what tells one atom from two. haadf: what
+    exceeds the local mean, in units of the image's own contrast, for offset and gain of such images mean nothing.
+    """
+    size = [max(1, round(n * sampling / model_sampling)) for n in planes.shape[1:]]
+    out = []
+    for plane in planes:
+        frame = torch.from_numpy(np.ascontiguousarray(plane, dtype=np.float32)).to(device)
+        resampled = functional.interpolate(frame[None, None], size=size, mode="bicubic", antialias=True)[0, 0]
+        local = smooth(resampled, FLATTEN / model_sampling)
+        flat = resampled - local
+        if mode == "hrtem":
+            flat = flat / torch.maximum(local, 0.2 * resampled.mean()).clamp_min(1e-12)
+        else:
+            flat = flat / flat.square().mean().sqrt().clamp_min(1e-12)
+        out.append(KNEE * torch.asinh(GAIN[mode] * flat / KNEE))
+    return torch.stack(out)
+
+
+def vacancies(probabilities: Floats, *, missing: tuple[int, ...]) -> tuple[float, float]:
+    """Missing atoms, and the standard error of their number, of sites with class probabilities (site, class).
+
+    The expected number, and the square root of the summed variances of independent sites. missing (class): atoms that a
+    site of each class lacks. No sites: no vacancies, of that (0, 0).
+    """
+    lacking = np.asarray(missing, float)
+    mean = probabilities @ lacking
+    variance = probabilities @ lacking**2 - mean**2
+    return float(mean.sum()), float(np.sqrt(np.maximum(variance, 0).sum()))
+
+
+def _blurred(maps: Tensor, sigma: float) -> Tensor:
+    """Maps (map, y, x), each smoothed by a Gaussian of sigma [px]."""
+    return torch.stack([smooth(one, sigma) for one in maps])
+
+
+def _class_probabilities(model: SpeciesModel, maps: Tensor, y: Floats, x: Floats) -> Floats:
+    """Class probabilities (site, class) at y, x [px of the maps]: Gaussian means of maps, without "no site"."""
+    if not len(y):
+        return np.zeros((0, len(model.classes)))
+    sigma = REACH / model.sampling
+    half = int(np.ceil(2.5 * sigma))
+    height, width = maps.shape[1:]
+    offsets = np.arange(-half, half + 1)
+    centre = [np.rint(v).astype(int)[:, None] + offsets for v in (y, x)]
+    weight = [
+        np.exp(-0.5 * ((place - v[:, None]) / sigma) ** 2) * ((place >= 0) & (place < size))
+        for place, v, size in zip(centre, (y, x), (height, width), strict=True)
+    ]
+    rows, cols = (np.clip(place, 0, size - 1) for place, size in zip(centre, (height, width), strict=True))
+    patches = maps[1:].double().numpy()[:, rows[:, :, None], cols[:, None, :]]
+    total = np.einsum("cnij,ni,nj->nc", patches, weight[0], weight[1])
+    sharp = np.maximum(total, 1e-12) ** (1 / model.temperature)
+    return np.asarray(sharp / sharp.sum(1, keepdims=True))
