@@ -12,6 +12,9 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinat
 
 SLICE = 2.0  # Å; the projected potential of a slice is applied at once
 
+# By default FFTW picks its plans by stop-watch, so that the last bits differ from one process to the next.
+ABTEM = {"device": "cpu", "precision": "float32", "fft": "fftw", "fftw.planning_effort": "FFTW_ESTIMATE"}
+
 
 def exit_wave(positions: np.ndarray, numbers: np.ndarray, *, gpts: int, sampling: float, energy: float) -> Any:
     """abTEM wave (y, x) below the specimen for a plane wave of `energy` [keV].
@@ -23,7 +26,7 @@ def exit_wave(positions: np.ndarray, numbers: np.ndarray, *, gpts: int, sampling
     cell = (extent, extent, (np.ceil((top + 1.5) / SLICE) + 1) * SLICE)
     shifted = positions + np.array([0.0, 0.0, 1.0])
     atoms = Atoms(numbers=numbers, positions=shifted, cell=cell, pbc=(True, True, False))
-    with dask.config.set(scheduler="synchronous"), abtem.config.set({"device": "cpu", "precision": "float32"}):
+    with dask.config.set(scheduler="synchronous"), abtem.config.set(ABTEM):
         potential = abtem.Potential(
             atoms, gpts=(gpts, gpts), slice_thickness=SLICE, projection="infinite", parametrization="lobato"
         )
@@ -53,7 +56,7 @@ def hrtem(
         focal_spread=focal_spread,
         angular_spread=angular_spread,
     )
-    with dask.config.set(scheduler="synchronous"):
+    with dask.config.set(scheduler="synchronous"), abtem.config.set(ABTEM):
         imaged = np.asarray(wave.apply_ctf(ctf).array)
     return imaged if complex_wave else (np.abs(imaged) ** 2).astype(np.float32)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ from scipy.fft import fft2, ifft2, next_fast_len
 
 from pipeline.simulate import detector, imaging
 from pipeline.simulate.motion import ColumnEvent
-from pipeline.simulate.scene import BORDER, MovieSpec, Scene, build_scene, columns_of
+from pipeline.simulate.scene import BORDER, Scene, build_scene, columns_of
+from pipeline.simulate.spec import MovieSpec
+from pipeline.simulate.truth import mask_of, sites_of
 
 __all__ = ["MovieSpec", "SimulatedMovie", "simulate_frames", "simulate_movie"]
 
@@ -21,17 +24,25 @@ DEFOCI = np.arange(-100.0, 101.0, 10.0)  # Å, scanned when a spec names a contr
 class SimulatedMovie:
     """A movie and its truth.
 
-    counts (time, y, x) uint16; clean (time, y, x) relative intensity, mean about 1; drift (time, 2) [px], how the
-    specimen moved since frame 0; columns: one structured array per frame (column, y [px], x [px], atoms, visible,
-    species); columns that are not visible (too few atoms) should neither be demanded nor count as spurious;
-    events: columns that appear or vanish; polarity: +1 atoms bright, −1 dark, 0 mixed or no atoms;
-    contrast_share: share of the visible columns that have this sign; defocus [Å] used (> 0 is underfocus).
+    counts (time, y, x) uint16, of a focal series (time, defocus, y, x); clean likewise: relative intensity, mean about
+    1, as the detector would give it without noise; drift (time, 2) [px], how the specimen moved since frame 0.
+    columns: one structured array per frame (column, y [px], x [px], atoms, visible, species, particle, site); columns
+    that are not visible (too few atoms, too tilted) should neither be demanded nor count as spurious.
+    sites: one structured array per frame (site, y [px], x [px], species) with every lattice site of a sheet, empty ones
+    too (0S, 0C). masks (time, y, x) uint16: labels of particles, 0 where there is none; label n is row n − 1 of
+    particles, a structured array (particle, y, x [Å] off the middle, radius [Å], element, shape, zone, tilt [degrees]).
+    events: what appears or vanishes; polarity: +1 atoms bright, −1 dark, 0 mixed or no atoms, and contrast_share: share
+    of the visible columns that have this sign, both of the first plane of frame 0; defocus [Å] used (> 0 is
+    underfocus), of a focal series the first.
     """
 
     counts: np.ndarray
     clean: np.ndarray
     drift: np.ndarray
     columns: list[np.ndarray]
+    sites: list[np.ndarray]
+    masks: np.ndarray
+    particles: np.ndarray
     events: tuple[ColumnEvent, ...]
     polarity: int
     contrast_share: float
@@ -68,24 +79,40 @@ def simulate_movie(spec: MovieSpec, seed: int) -> SimulatedMovie:
     """Simulate a movie; the same spec and seed give the same bits.
 
     Drift is applied to the atoms (or, where nothing else moves, as a phase ramp to the wave, which is the same),
-    noise is added last, independent from pixel to pixel.
+    noise is added last, frame by frame from a seed of its own.
     """
     scene = build_scene(spec, seed)
     camera = Camera(scene)
-    defocus = camera.find_defocus() if spec.defocus is None else spec.defocus
-    clean = np.stack([camera.image(frame, defocus) for frame in range(spec.frames)])
+    planes = camera.find_planes()
+    clean = np.stack([camera.frame(frame, planes) for frame in range(spec.frames)])
     columns = [columns_of(scene, frame, camera.origin) for frame in range(spec.frames)]
-    polarity, share = polarity_of(clean[0], columns[0], spec)
-    counts = detector.record(
+    polarity, share = polarity_of(clean[0] if spec.defoci is None else clean[0, 0], columns[0], spec)
+    return SimulatedMovie(
+        counts=np.stack([counts_of(image, spec, seed, frame) for frame, image in enumerate(clean)]),
+        clean=clean,
+        drift=scene.drift / spec.sampling,
+        columns=columns,
+        sites=[sites_of(scene, frame, camera.origin) for frame in range(spec.frames)],
+        masks=np.stack([mask_of(scene, frame, camera.origin) for frame in range(spec.frames)]),
+        particles=scene.crystal.particles,
+        events=scene.events,
+        polarity=polarity,
+        contrast_share=share,
+        defocus=planes[0],
+        spec=spec,
+    )
+
+
+def counts_of(clean: np.ndarray, spec: MovieSpec, seed: int, frame: int) -> np.ndarray:
+    """What the detector writes of one frame ([defocus,] y, x); noise is the same whoever computes the frame."""
+    return detector.record(
         clean,
-        np.random.default_rng([seed, 2]),
+        np.random.default_rng([seed, 2, frame]),
         electrons_per_pixel=spec.dose * spec.sampling**2,
         counts_per_electron=spec.counts_per_electron,
         offset=spec.offset,
         readout=spec.readout,
     )
-    drift = scene.drift / spec.sampling
-    return SimulatedMovie(counts, clean, drift, columns, scene.events, polarity, share, defocus, spec)
 
 
 def simulate_frames(shape: tuple[int, int], frames: int, *, sampling: float, dose: float, seed: int) -> SimulatedMovie:
@@ -104,7 +131,20 @@ class Camera:
         self.corner = (self.gpts - np.array(spec.shape)) // 2
         self.middle = self.gpts * spec.sampling / 2
         self.origin = self.corner - self.gpts / 2
-        self.kept: dict[bytes, np.ndarray] = {}
+        self.kept: dict[tuple[bytes, float], np.ndarray] = {}
+        self.waves: dict[object, Any] = {}
+
+    def find_planes(self) -> tuple[float, ...]:
+        """Defoci [Å] at which every frame is imaged: those of the focal series, or one."""
+        spec = self.scene.spec
+        if spec.defoci is not None:
+            return spec.defoci
+        return (self.find_defocus() if spec.defocus is None else spec.defocus,)
+
+    def frame(self, frame: int, planes: tuple[float, ...]) -> np.ndarray:
+        """Clean relative intensity of one frame, (y, x), or (defocus, y, x) in a focal series."""
+        images = [self.image(frame, defocus) for defocus in planes]
+        return images[0] if self.scene.spec.defoci is None else np.stack(images)
 
     def image(self, frame: int, defocus: float) -> np.ndarray:
         """Clean relative intensity (y, x) of one frame at a defocus [Å]."""
@@ -169,22 +209,31 @@ class Camera:
         if spec.mode == "haadf":
             points, numbers = self._placed(frame, drift)
             return imaging.haadf(points, numbers, gpts=self.gpts, sampling=spec.sampling, probe=spec.probe)
-        return self.with_ctf(self.wave(frame, drift), defocus)
+        return self.with_ctf(self._kept_wave(frame, lambda: self.wave(frame, drift)), defocus)
+
+    def _kept_wave(self, key: object, make: Callable[[], Any]) -> Any:
+        """An exit wave, kept until another is asked for: all planes of a focal series are imaged from one."""
+        if key not in self.waves:
+            self.waves = {key: make()}
+        return self.waves[key]
 
     def _still_canvas(self, frame: int, defocus: float) -> np.ndarray:
         spec = self.scene.spec
-        key = self.scene.there[frame].tobytes()
-        if key not in self.kept:
+        state = self.scene.there[frame].tobytes()
+        if (state, defocus) not in self.kept:
+            # States follow one another: only the last is worth keeping.
+            self.kept = {key: canvas for key, canvas in self.kept.items() if key[0] == state}
             if spec.mode == "haadf":
                 points, numbers = self._placed(frame, np.zeros(2))
                 made = imaging.haadf(points, numbers, gpts=self.gpts, sampling=spec.sampling, probe=spec.probe)
             else:
-                made = self.with_ctf(self.wave(frame, np.zeros(2)), defocus, complex_wave=True)
-            self.kept = {key: fft2(made)}  # states follow one another: only the last is worth keeping
+                wave = self._kept_wave(state, lambda: self.wave(frame, np.zeros(2)))
+                made = self.with_ctf(wave, defocus, complex_wave=True)
+            self.kept[state, defocus] = fft2(made)
         k = np.fft.fftfreq(self.gpts)
         dy, dx = self.scene.drift[frame] / spec.sampling
         ramp = np.exp(-2j * np.pi * k * dy)[:, None] * np.exp(-2j * np.pi * k * dx)
-        moved = ifft2(self.kept[key] * ramp)
+        moved = ifft2(self.kept[state, defocus] * ramp)
         return (moved.real if spec.mode == "haadf" else np.abs(moved) ** 2).astype(np.float32)
 
 

@@ -3,97 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
+from ase.data import chemical_symbols
 
-from pipeline.simulate import motion, structures
-from pipeline.simulate.structures import SHEETS, SYMBOLS, Specimen
-from schemas.errors import SettingsError
+from pipeline.simulate import motion
+from pipeline.simulate.spec import KINDS, MovieSpec
+from pipeline.simulate.structures.film import carbon
+from pipeline.simulate.structures.nanoparticle import nanoparticle
+from pipeline.simulate.structures.sheet import SHEETS, sheet
+from pipeline.simulate.structures.specimen import Specimen, empty, joined, moved, named, turned
 
-KINDS = ("nanoparticle", *SHEETS, "carbon", "vacuum")
+__all__ = ["BORDER", "COLUMN_DTYPE", "KINDS", "MovieSpec", "Scene", "build_scene", "columns_of"]
+
 BORDER = 4.0  # Å simulated around the view, where the periodic canvas wraps round
+MOST_SMEAR = 1.2  # Å across which the atoms of a tilted column may be spread for it to count as visible
 COLUMN_DTYPE = np.dtype(
-    [("column", "i4"), ("y", "f8"), ("x", "f8"), ("atoms", "i4"), ("visible", "?"), ("species", "U8")]
+    [
+        *(("column", "i4"), ("y", "f8"), ("x", "f8"), ("atoms", "i4"), ("visible", "?"), ("species", "U8")),
+        *(("particle", "i4"), ("site", "i4")),
+    ]
 )
-
-
-@dataclass(frozen=True)
-class MovieSpec:
-    """What to simulate. Lengths in Å, energy in keV, dose in e⁻/Å² per frame, angles in degrees, times in seconds.
-
-    kind: nanoparticle, graphene, hbn, mos2, wse2, carbon (film only) or vacuum (pure noise).
-    contrast: bright or dark atoms in HRTEM; the defocus (> 0 is underfocus) is then found by a scan unless it is given.
-    drift_step and drift_jitter are per frame; drift_limit bounds the drift. mtf: coefficients c0, c1, c2, c3 or None.
-    thickness: particles are flattened to this along the beam, as supported ones are; much thicker gold reverses its
-    contrast. hole: radius of a hole in a sheet.
-    min_atoms: columns with fewer atoms are kept in the truth but not marked visible (default 3, sheets 1).
-    For HAADF, dose counts the electrons that reach the detector.
-    """
-
-    kind: str = "nanoparticle"
-    shape: tuple[int, int] = (256, 256)
-    frames: int = 40
-    sampling: float = 0.17
-    mode: str = "hrtem"
-    energy: float = 300.0
-    dose: float = 1000.0
-    frame_interval: float = 0.1
-    element: str = "Au"
-    zone: str = "110"
-    radius: float | None = None
-    thickness: float = 22.0
-    particles: int = 1
-    tilt: float = 0.0
-    carbon: float = 6.0
-    carbon_cover: float = 0.6
-    carbon_walk: float = 0.1
-    vibration: float = 0.05
-    vacancies: float = 0.01
-    dopants: float = 0.004
-    hole: float = 0.0
-    events: int = 6
-    rotation_step: float = 0.0
-    drift_step: float = 0.06
-    drift_jitter: float = 0.03
-    drift_limit: float = 4.0
-    contrast: str = "bright"
-    defocus: float | None = None
-    spherical: float = -5e4
-    focal_spread: float = 25.0
-    angular_spread: float = 0.3
-    probe: float = 0.9
-    mtf: tuple[float, float, float, float] | None = None
-    min_atoms: int | None = None
-    counts_per_electron: float = 1.0
-    offset: float = 0.0
-    readout: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("kind", self.kind, KINDS),
-            ("mode", self.mode, ("hrtem", "haadf")),
-            ("contrast", self.contrast, ("bright", "dark")),
-        ):
-            if value not in allowed:
-                raise SettingsError(f"MovieSpec.{name} is {value!r}; expected one of {', '.join(allowed)}")
-        for name in ("sampling", "energy", "dose", "frames", "frame_interval", "particles"):
-            if not getattr(self, name) > 0:
-                raise SettingsError(f"MovieSpec.{name} is {getattr(self, name)!r}; expected a positive number")
-
-    @property
-    def field_of_view(self) -> tuple[float, float]:
-        """Height and width of the view [Å]."""
-        return self.shape[0] * self.sampling, self.shape[1] * self.sampling
-
-    @property
-    def still(self) -> bool:
-        """Whether nothing but drift and events changes, so that one wave serves many frames."""
-        return not (self.carbon_walk or self.vibration or self.rotation_step)
-
-    @property
-    def least_atoms(self) -> int:
-        """Atoms that a column needs to count as visible."""
-        return self.min_atoms if self.min_atoms is not None else (3 if self.kind == "nanoparticle" else 1)
 
 
 @dataclass(frozen=True)
@@ -113,8 +44,8 @@ class Scene:
         """Positions (atom, 3) [Å] without drift, numbers (atom,), column (atom,) (−1: film) of one frame."""
         spec, crystal = self.spec, self.crystal
         rng = np.random.default_rng([self.seed, 11, frame])
-        present = self.there[frame][crystal.column] if crystal.count else np.zeros(0, bool)
-        points = structures.turned(crystal.positions, float(self.angle[frame]))
+        present = self.present(frame)
+        points = turned(crystal.positions, float(self.angle[frame]))
         points = (points + rng.normal(0, spec.vibration, points.shape) if spec.vibration else points)[present]
         film = self.film
         if spec.carbon_walk and frame and len(film):
@@ -123,6 +54,21 @@ class Scene:
         numbers = np.concatenate([crystal.numbers[present], np.full(len(film), 6)])
         column = np.concatenate([crystal.column[present], np.full(len(film), -1)])
         return np.concatenate([points, film]), numbers, column
+
+    def present(self, frame: int) -> np.ndarray:
+        """Which atoms of the crystal are there in a frame, (atom,) bool."""
+        return np.asarray(self.there[frame][self.crystal.unit])
+
+    @cached_property
+    def smear(self) -> np.ndarray:
+        """How far the atoms of each column are spread in projection (column,) [Å], as they are where it is tilted."""
+        crystal = self.crystal
+        count = np.maximum(np.bincount(crystal.column, minlength=crystal.count), 1)
+        middle = np.stack([np.bincount(crystal.column, crystal.positions[:, k], crystal.count) for k in (0, 1)], 1)
+        off = np.linalg.norm(crystal.positions[:, :2] - (middle / count[:, None])[crystal.column], axis=1)
+        far = np.zeros(crystal.count)
+        np.maximum.at(far, crystal.column, off)
+        return 2 * far
 
     def _walk(self, frame: int) -> np.ndarray:
         """How far film atoms have gone by this frame: white steps, summed over at most the last 64 frames."""
@@ -138,11 +84,7 @@ def build_scene(spec: MovieSpec, seed: int) -> Scene:
     reach = max(spec.field_of_view) / 2 + BORDER + spec.drift_limit
     crystal = _crystal(rng, spec, reach)
     bare = spec.kind in ("vacuum", *SHEETS) or not spec.carbon
-    film = (
-        np.zeros((0, 3))
-        if bare
-        else structures.carbon(rng, reach=reach, thickness=spec.carbon, cover=spec.carbon_cover)
-    )
+    film = np.zeros((0, 3)) if bare else carbon(rng, reach=reach, thickness=spec.carbon, cover=spec.carbon_cover)
     lift = spec.carbon + 1.0 if len(film) else 0.0
     crystal = replace(crystal, positions=crystal.positions + np.array([0.0, 0.0, lift]))
     drift = motion.drift_path(rng, spec.frames, step=spec.drift_step, jitter=spec.drift_jitter, limit=spec.drift_limit)
@@ -172,36 +114,28 @@ def _well_inside(crystal: Specimen, spec: MovieSpec, reach: np.ndarray) -> np.nd
 def _crystal(rng: np.random.Generator, spec: MovieSpec, reach: float) -> Specimen:
     if spec.kind in SHEETS:
         dopants = spec.dopants if spec.kind == "graphene" else 0.0
-        return structures.sheet(
-            rng, kind=spec.kind, reach=reach, vacancies=spec.vacancies, dopants=dopants, hole=spec.hole
-        )
+        return sheet(rng, kind=spec.kind, reach=reach, vacancies=spec.vacancies, dopants=dopants, hole=spec.hole)
     if spec.kind != "nanoparticle":
-        return structures.empty()
+        return empty()
     half = np.array(spec.field_of_view) / 2
     parts: list[Specimen] = []
     taken: list[np.ndarray] = []
-    for _ in range(spec.particles):
+    for index in range(spec.particles):
         radius = spec.radius or float(min(0.34 * half.min() * 2 / np.sqrt(spec.particles), 17.0)) * rng.uniform(0.85, 1)
-        part = structures.nanoparticle(
+        part = nanoparticle(
             rng,
             element=spec.element,
             zone=spec.zone,
             radius=radius,
             thickness=spec.thickness,
-            tilt=np.deg2rad(spec.tilt),
+            tilt=np.deg2rad(spec.tilts[index] if spec.tilts else spec.tilt),
         )
         centre = _free_place(rng, np.maximum(half - radius - 2, 0), taken, 2 * radius + 5, len(parts) == 0)
         if centre is None:
             break
         taken.append(centre)
-        parts.append(replace(part, positions=part.positions + np.array([*centre, 0.0])))
-    offsets = np.cumsum([0, *(part.count for part in parts)])
-    return Specimen(
-        np.concatenate([part.positions for part in parts]),
-        np.concatenate([part.numbers for part in parts]),
-        np.concatenate([part.column + start for part, start in zip(parts, offsets, strict=False)]),
-        np.concatenate([part.movable for part in parts]),
-    )
+        parts.append(moved(part, centre))
+    return joined(parts)
 
 
 def _free_place(
@@ -217,24 +151,44 @@ def _free_place(
 def columns_of(scene: Scene, frame: int, origin: np.ndarray) -> np.ndarray:
     """Truth of one frame: a structured array (column,) of COLUMN_DTYPE with the columns inside the view.
 
-    y, x [px] on the detector, whose pixel (0, 0) lies `origin` [px] from the specimen's zero.
+    y, x [px] on the detector, whose pixel (0, 0) lies `origin` [px] from the specimen's zero. particle: its row among
+    the particles; site: the lattice site; −1 where there is none.
     """
-    spec = scene.spec
+    spec, crystal = scene.spec, scene.crystal
     points, numbers, column = scene.atoms(frame)
     points, numbers, column = (a[column >= 0] for a in (points, numbers, column))
-    count = np.bincount(column, minlength=scene.crystal.count)
+    count = np.bincount(column, minlength=crystal.count)
     index = np.flatnonzero(count)
-    place = np.stack([np.bincount(column, points[:, k], scene.crystal.count)[index] / count[index] for k in (0, 1)], 1)
+    place = np.stack([np.bincount(column, points[:, k], crystal.count)[index] / count[index] for k in (0, 1)], 1)
     place = (place + scene.drift[frame]) / spec.sampling - origin
     inside = ((place >= 0) & (place <= np.array(spec.shape) - 1)).all(1)
-    element = np.zeros(scene.crystal.count, int)
-    element[column] = numbers
     index, place = index[inside], place[inside]
     out = np.zeros(len(index), COLUMN_DTYPE)
     out["column"], out["y"], out["x"], out["atoms"] = index, place[:, 0], place[:, 1], count[index]
-    out["visible"] = count[index] >= spec.least_atoms
-    pairs = spec.kind in SHEETS
-    out["species"] = [
-        SYMBOLS[z] + (str(n) if pairs and n > 1 else "") for z, n in zip(element[index], count[index], strict=True)
-    ]
+    out["visible"] = (count[index] >= spec.least_atoms) & (scene.smear[index] <= MOST_SMEAR)
+    site = np.full(crystal.count, -1)
+    site[crystal.column] = crystal.site
+    out["particle"], out["site"] = crystal.particle[index], site[index]
+    out["species"] = _species(scene, numbers, column, index)
     return out
+
+
+def _species(scene: Scene, numbers: np.ndarray, column: np.ndarray, index: np.ndarray) -> list[str]:
+    """What the columns of the given indices are: the element, or what a lattice site of several atoms is called."""
+    crystal = scene.crystal
+    if crystal.sites is None:
+        element = np.zeros(crystal.count, int)
+        element[column] = numbers
+        return [chemical_symbols[number] for number in element[index]]
+    site = np.zeros(crystal.count, int)
+    site[crystal.column] = crystal.site
+    members = members_of(column, numbers)
+    return [named(members[i], 0, int(crystal.sites.capacity[site[i]])) for i in index]
+
+
+def members_of(index: np.ndarray, numbers: np.ndarray) -> dict[int, list[int]]:
+    """Numbers of the atoms (atom,) that share an index (atom,)."""
+    members: dict[int, list[int]] = {}
+    for where, number in zip(index.tolist(), numbers.tolist(), strict=True):
+        members.setdefault(where, []).append(number)
+    return members

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.ndimage import gaussian_filter, map_coordinates, maximum_filter
+from scipy.ndimage import binary_fill_holes, gaussian_filter, map_coordinates, maximum_filter
 
 from pipeline.simulate.movie import MovieSpec, simulate_frames, simulate_movie
 from pipeline.simulate.scene import build_scene
@@ -57,7 +57,7 @@ def test_sheet_has_its_bond_length_and_species():
     gap = distances(place, place) + 1e9 * np.eye(len(place))
     middle = (np.abs(place - place.mean(0)) < 8).all(1)
     assert np.allclose(gap[middle].min(1), 3.18 / np.sqrt(3), atol=0.02)
-    assert set(truth["species"]) <= {"Mo", "S2", "S"}
+    assert set(truth["species"]) <= {"Mo", "2S", "1S"}
     assert movie.polarity == 1
 
 
@@ -128,6 +128,71 @@ def test_several_particles_keep_apart():
     place = np.column_stack([movie.columns[0]["y"], movie.columns[0]["x"]]) * 0.17
     gap = distances(place, place) + 1e9 * np.eye(len(place))
     assert gap.min() > 1.4
+
+
+def test_a_focal_series_is_imaged_from_one_exit_wave():
+    """Every plane is the image that a movie at that defocus has, with noise of its own."""
+    spec = MovieSpec(**SMALL, defoci=(-40.0, 0.0, 60.0))
+    series = simulate_movie(spec, 5)
+    assert series.counts.shape == (3, 3, 128, 128) and series.defocus == -40.0
+    for plane, defocus in enumerate(spec.defoci):
+        alone = simulate_movie(MovieSpec(**SMALL, defocus=defocus), 5)
+        assert np.array_equal(series.clean[:, plane], alone.clean)
+        assert np.array_equal(np.concatenate(series.columns), np.concatenate(alone.columns))
+    noise = series.counts - spec.dose * spec.sampling**2 * series.clean
+    assert np.corrcoef(noise[0, 0].ravel(), noise[0, 1].ravel())[0, 1] < 0.03
+    still = MovieSpec(**SMALL, defoci=(-40.0, 60.0), carbon_walk=0.0, vibration=0.0, events=0)
+    moved = simulate_movie(MovieSpec(**{**vars(still), "defoci": (60.0,)}), 5)
+    assert np.array_equal(simulate_movie(still, 5).clean[:, 1], moved.clean[:, 0])
+
+
+def test_every_site_of_a_sheet_is_listed_with_what_it_holds():
+    spec = MovieSpec(kind="mos2", shape=(160, 160), frames=2, sampling=0.15, vacancies=0.2, events=0, mode="haadf")
+    movie = simulate_movie(spec, 4)
+    sites, columns = movie.sites[1], movie.columns[1]
+    assert set(sites["species"]) == {"Mo", "2S", "1S", "0S"}
+    missing = np.isin(sites["species"], ("1S", "0S")).sum() + (sites["species"] == "0S").sum()
+    sulphur = np.char.endswith(sites["species"], "S").sum() * 2
+    assert missing / sulphur == pytest.approx(0.2, abs=0.08)
+    by_site = {row["site"]: row for row in sites}
+    for row in columns:
+        if row["site"] in by_site:  # a column and its site may lie on different sides of the edge
+            there = by_site[row["site"]]
+            assert there["species"] == row["species"]
+            assert np.hypot(there["y"] - row["y"], there["x"] - row["x"]) * 0.15 < 0.3
+    empty = set(by_site) - set(columns["site"])
+    assert {by_site[site]["species"] for site in empty if 3 < by_site[site]["y"] < 157 > by_site[site]["x"] > 3} == {
+        "0S"
+    }
+
+
+def test_masks_outline_the_atoms_of_each_particle_without_gaps():
+    spec = MovieSpec(shape=(224, 224), frames=2, particles=2, radius=7.0, sampling=0.2, drift_step=0.8, defocus=0.0)
+    movie = simulate_movie(spec, 3)
+    assert movie.masks.dtype == np.uint16 and list(movie.particles["particle"]) == [0, 1]
+    for mask, columns in zip(movie.masks, movie.columns, strict=True):
+        at = mask[np.rint(columns["y"]).astype(int), np.rint(columns["x"]).astype(int)]
+        assert np.array_equal(at, columns["particle"] + 1)
+        for label in (1, 2):
+            inside = mask == label
+            assert np.array_equal(binary_fill_holes(inside), inside)
+            y, x = np.nonzero(inside)
+            of_this = columns[columns["particle"] == label - 1]
+            far = np.hypot(y[:, None] - of_this["y"], x[:, None] - of_this["x"]).min(1) * spec.sampling
+            assert 1.4 < far.max() < 2.1
+    assert not simulate_movie(MovieSpec(kind="graphene", shape=(48, 48), frames=1, mode="haadf"), 1).masks.any()
+
+
+def test_particles_are_tilted_one_by_one():
+    spec = MovieSpec(shape=(320, 320), frames=1, particles=2, radius=8.0, tilts=(0.0, 8.0), defocus=0.0, events=0)
+    movie = simulate_movie(spec, 3)
+    assert list(movie.particles["tilt"]) == [0.0, 8.0]
+    columns = movie.columns[0]
+    thick = columns["atoms"] >= 6
+    assert columns["visible"][thick & (columns["particle"] == 0)].all()
+    assert not columns["visible"][thick & (columns["particle"] == 1)].any()
+    with pytest.raises(SettingsError, match=r"tilts is \(1.0,\).*each of the 2"):
+        MovieSpec(particles=2, tilts=(1.0,))
 
 
 def test_wrong_settings_are_named():
