@@ -86,9 +86,10 @@ def simulate_movie(spec: MovieSpec, seed: int) -> SimulatedMovie:
     planes = camera.find_planes()
     clean = np.stack([camera.frame(frame, planes) for frame in range(spec.frames)])
     columns = [columns_of(scene, frame, camera.origin) for frame in range(spec.frames)]
+    recording = detector.detector_of(spec, seed)
     polarity, share = polarity_of(clean[0] if spec.defoci is None else clean[0, 0], columns[0], spec)
     return SimulatedMovie(
-        counts=np.stack([counts_of(image, spec, seed, frame) for frame, image in enumerate(clean)]),
+        counts=np.stack([counts_of(image, scene, frame, recording) for frame, image in enumerate(clean)]),
         clean=clean,
         drift=scene.drift / spec.sampling,
         columns=columns,
@@ -103,16 +104,11 @@ def simulate_movie(spec: MovieSpec, seed: int) -> SimulatedMovie:
     )
 
 
-def counts_of(clean: np.ndarray, spec: MovieSpec, seed: int, frame: int) -> np.ndarray:
+def counts_of(clean: np.ndarray, scene: Scene, frame: int, camera: detector.Detector) -> np.ndarray:
     """What the detector writes of one frame ([defocus,] y, x); noise is the same whoever computes the frame."""
-    return detector.record(
-        clean,
-        np.random.default_rng([seed, 2, frame]),
-        electrons_per_pixel=spec.dose * spec.sampling**2,
-        counts_per_electron=spec.counts_per_electron,
-        offset=spec.offset,
-        readout=spec.readout,
-    )
+    electrons = scene.spec.dose * scene.spec.sampling**2
+    rng = np.random.default_rng([scene.seed, 2, frame])
+    return detector.record(clean, rng, electrons_per_pixel=electrons, detector=camera)
 
 
 def simulate_frames(shape: tuple[int, int], frames: int, *, sampling: float, dose: float, seed: int) -> SimulatedMovie:

@@ -22,6 +22,8 @@ class MovieSpec:
     defoci: a focal series: every frame is imaged at each of these from the same exit wave, but with noise of its own.
     tilts: how far each particle is off its zone, where they differ; else all are off by `tilt`.
     min_atoms: columns with fewer atoms are kept in the truth but not marked visible (default 3, sheets 1).
+    noise: counting (white, whatever the mtf) or integrating (blurred by the mtf as the image is; there `excess` is the
+    relative rms of what one electron leaves). gain_spread: rms of the pixels' gain; hot_pixels: share of pixels.
     For HAADF, dose counts the electrons that reach the detector.
     """
 
@@ -64,12 +66,17 @@ class MovieSpec:
     counts_per_electron: float = 1.0
     offset: float = 0.0
     readout: float = 0.0
+    noise: str = "counting"
+    excess: float = 0.0
+    gain_spread: float = 0.0
+    hot_pixels: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("kind", self.kind, KINDS),
             ("mode", self.mode, ("hrtem", "haadf")),
             ("contrast", self.contrast, ("bright", "dark")),
+            ("noise", self.noise, ("counting", "integrating")),
         ):
             if value not in allowed:
                 raise SettingsError(f"MovieSpec.{name} is {value!r}; expected one of {', '.join(allowed)}")
