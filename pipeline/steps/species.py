@@ -180,7 +180,7 @@ def classify(
     maps = class_maps(model, planes, sampling=sampling, windowing=windowing, device=device)
     scale = (maps.shape[1] / planes.shape[1], maps.shape[2] / planes.shape[2])
     y, x = (np.asarray(v, float) for v in columns)
-    asked = _class_probabilities(model, maps, (y + 0.5) * scale[0] - 0.5, (x + 0.5) * scale[1] - 0.5)
+    asked = site_probabilities(model, maps, (y + 0.5) * scale[0] - 0.5, (x + 0.5) * scale[1] - 0.5)
     seen = np.array([model.occupied(name) for name in model.classes])
     best = np.where(seen, asked, -1.0).argmax(1) if len(y) else np.zeros(0, int)
     width = max(len(name) for name in model.classes)
@@ -197,7 +197,7 @@ def find_sites(
     peaks = find_columns(site, threshold=threshold, min_distance=model.distance / model.sampling)
     kept = inside(peaks.y, peaks.x, shape=(site.shape[0], site.shape[1]), margin=margin / model.sampling)
     y, x = peaks.y[kept], peaks.x[kept]
-    probabilities = _class_probabilities(model, maps, y, x)
+    probabilities = site_probabilities(model, maps, y, x)
     return Sites((y + 0.5) / scale[0] - 0.5, (x + 0.5) / scale[1] - 0.5, probabilities)
 
 
@@ -241,7 +241,7 @@ def prepare(
     for plane in planes:
         frame = torch.from_numpy(np.ascontiguousarray(plane, dtype=np.float32)).to(device)
         resampled = functional.interpolate(frame[None, None], size=size, mode="bicubic", antialias=True)[0, 0]
-        local = smooth(resampled, FLATTEN / model_sampling)
+        local = _local_mean(resampled, FLATTEN / model_sampling)
         flat = resampled - local
         if mode == "hrtem":
             flat = flat / torch.maximum(local, 0.2 * resampled.mean()).clamp_min(1e-12)
@@ -249,6 +249,14 @@ def prepare(
             flat = flat / flat.square().mean().sqrt().clamp_min(1e-12)
         out.append(KNEE * torch.asinh(GAIN[mode] * flat / KNEE))
     return torch.stack(out)
+
+
+def _local_mean(image: Tensor, sigma: float) -> Tensor:
+    """Image (y, x) smoothed by a wide Gaussian of sigma [px], computed on a grid five times coarser."""
+    size = [max(1, -(-n // 5)) for n in image.shape]
+    coarse = smooth(functional.interpolate(image[None, None], size=size, mode="area")[0, 0], sigma / 5)
+    fine = functional.interpolate(coarse[None, None], size=list(image.shape), mode="bilinear", align_corners=False)
+    return fine[0, 0]
 
 
 def vacancies(probabilities: Floats, *, missing: tuple[int, ...]) -> tuple[float, float]:
@@ -268,7 +276,7 @@ def _blurred(maps: Tensor, sigma: float) -> Tensor:
     return torch.stack([smooth(one, sigma) for one in maps])
 
 
-def _class_probabilities(model: SpeciesModel, maps: Tensor, y: Floats, x: Floats) -> Floats:
+def site_probabilities(model: SpeciesModel, maps: Tensor, y: Floats, x: Floats) -> Floats:
     """Class probabilities (site, class) at y, x [px of the maps]: Gaussian means of maps, without "no site"."""
     if not len(y):
         return np.zeros((0, len(model.classes)))
