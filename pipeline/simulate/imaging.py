@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import abtem
@@ -35,29 +36,39 @@ def exit_wave(positions: np.ndarray, numbers: np.ndarray, *, gpts: int, sampling
     return wave
 
 
-def hrtem(
-    wave: Any,
-    *,
-    energy: float,
-    defocus: float,
-    spherical: float,
-    focal_spread: float,
-    angular_spread: float,
-    complex_wave: bool = False,
-) -> np.ndarray:
-    """Intensity (y, x), 1 without a specimen, or the wave it is the square of.
+@dataclass(frozen=True)
+class Lens:
+    """A lens: energy [keV], spherical aberration, focal spread, astigmatism and coma [Å], angular spread [mrad].
 
-    defocus > 0 is underfocus (abTEM's C10 is its negative); lengths in Å, angular_spread in mrad.
+    Angles of astigmatism and coma in degrees. Aberrations as abTEM's C12, phi12, C21, phi21.
     """
-    ctf = abtem.CTF(
-        energy=energy * 1e3,
-        C10=-defocus,
-        Cs=spherical,
-        focal_spread=focal_spread,
-        angular_spread=angular_spread,
-    )
+
+    energy: float
+    spherical: float
+    focal_spread: float
+    angular_spread: float
+    astigmatism: float = 0.0
+    astigmatism_angle: float = 0.0
+    coma: float = 0.0
+    coma_angle: float = 0.0
+
+    def ctf(self, defocus: float) -> abtem.CTF:
+        """The transfer function at a defocus [Å]; > 0 is underfocus (abTEM's C10 is its negative)."""
+        residual: dict[str, float] = {}
+        if self.astigmatism:
+            residual |= {"C12": self.astigmatism, "phi12": np.deg2rad(self.astigmatism_angle)}
+        if self.coma:
+            residual |= {"C21": self.coma, "phi21": np.deg2rad(self.coma_angle)}
+        return abtem.CTF(
+            energy=self.energy * 1e3, C10=-defocus, Cs=self.spherical, focal_spread=self.focal_spread,
+            angular_spread=self.angular_spread, **residual,
+        )  # fmt: skip
+
+
+def hrtem(wave: Any, *, lens: Lens, defocus: float, complex_wave: bool = False) -> np.ndarray:
+    """Intensity (y, x) behind the lens, 1 without a specimen, or the wave it is the square of."""
     with dask.config.set(scheduler="synchronous"), abtem.config.set(ABTEM):
-        imaged = np.asarray(wave.apply_ctf(ctf).array)
+        imaged = np.asarray(wave.apply_ctf(lens.ctf(defocus)).array)
     return imaged if complex_wave else (np.abs(imaged) ** 2).astype(np.float32)
 
 
@@ -85,6 +96,17 @@ def haadf(positions: np.ndarray, numbers: np.ndarray, *, gpts: int, sampling: fl
     level = image.mean() if image.any() else 1.0
     image += 0.15 * level
     return np.asarray(image / image.mean(), dtype=np.float32)
+
+
+def scanned(image: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """An image (y, x) whose rows were scanned off their places, by offsets (row, 2) [px] along y and x.
+
+    What a row shows is what lies `offsets` from where it should be.
+    """
+    rows = np.arange(image.shape[0])[:, None] + offsets[:, :1]
+    cols = np.arange(image.shape[1])[None] + offsets[:, 1:]
+    read = map_coordinates(image, np.broadcast_arrays(rows, cols), order=3, mode="grid-wrap")
+    return np.asarray(read, dtype=np.float32)
 
 
 def clarity(image: np.ndarray, y: np.ndarray, x: np.ndarray, sampling: float) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from pipeline.simulate.imaging import Lens
 from pipeline.simulate.structures.sheet import SHEETS
 from schemas.errors import SettingsError
 
@@ -20,6 +21,7 @@ class MovieSpec:
     thickness: particles are flattened to this along the beam, as supported ones are; much thicker gold reverses its
     contrast. hole: radius of a hole in a sheet.
     defoci: a focal series: every frame is imaged at each of these from the same exit wave, but with noise of its own.
+    plane_drift: rms shift of its planes against each other. scan_jitter: rms displacement of scanned rows (HAADF).
     tilts: how far each particle is off its zone, where they differ; else all are off by `tilt`.
     min_atoms: columns with fewer atoms are kept in the truth but not marked visible (default 3, sheets 1).
     noise: counting (white, whatever the mtf) or integrating (blurred by the mtf as the image is; there `excess` is the
@@ -60,7 +62,13 @@ class MovieSpec:
     spherical: float = -5e4
     focal_spread: float = 25.0
     angular_spread: float = 0.3
+    astigmatism: float = 0.0
+    astigmatism_angle: float = 0.0
+    coma: float = 0.0
+    coma_angle: float = 0.0
+    plane_drift: float = 0.0
     probe: float = 0.9
+    scan_jitter: float = 0.0
     mtf: tuple[float, float, float, float] | None = None
     min_atoms: int | None = None
     counts_per_electron: float = 1.0
@@ -87,6 +95,8 @@ class MovieSpec:
             raise SettingsError(
                 f"MovieSpec.tilts is {self.tilts!r}; expected one tilt for each of the {self.particles} particle(s)"
             )
+        if self.scan_jitter and self.mode != "haadf":
+            raise SettingsError(f"MovieSpec.scan_jitter is {self.scan_jitter!r} with mode hrtem; expected mode haadf")
         if self.defoci is not None and (self.mode != "hrtem" or not self.defoci):
             raise SettingsError(f"MovieSpec.defoci is {self.defoci!r} with mode {self.mode}; expected defoci for hrtem")
 
@@ -94,6 +104,11 @@ class MovieSpec:
     def field_of_view(self) -> tuple[float, float]:
         """Height and width of the view [Å]."""
         return self.shape[0] * self.sampling, self.shape[1] * self.sampling
+
+    @property
+    def lens(self) -> Lens:
+        """The objective lens."""
+        return Lens(**{item.name: getattr(self, item.name) for item in fields(Lens)})
 
     @property
     def still(self) -> bool:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.ndimage import binary_fill_holes, gaussian_filter, map_coordinates, maximum_filter
+from scipy.ndimage import binary_fill_holes, fourier_shift, gaussian_filter, map_coordinates, maximum_filter
 
 from pipeline.simulate.movie import MovieSpec, simulate_frames, simulate_movie
 from pipeline.simulate.scene import build_scene
@@ -144,6 +144,44 @@ def test_a_focal_series_is_imaged_from_one_exit_wave():
     still = MovieSpec(**SMALL, defoci=(-40.0, 60.0), carbon_walk=0.0, vibration=0.0, events=0)
     moved = simulate_movie(MovieSpec(**{**vars(still), "defoci": (60.0,)}), 5)
     assert np.array_equal(simulate_movie(still, 5).clean[:, 1], moved.clean[:, 0])
+
+
+def test_planes_of_a_series_are_shifted_as_the_truth_says():
+    still = {"carbon_walk": 0.0, "vibration": 0.0, "events": 0}
+    for extra in (still, {}):
+        spec = MovieSpec(**SMALL, defoci=(60.0, 60.0), plane_drift=0.5, **extra)
+        movie = simulate_movie(spec, 5)
+        assert not movie.plane_shifts[:, 0].any() and np.abs(movie.plane_shifts[:, 1]).max() > 1
+        for clean, shifts in zip(movie.clean, movie.plane_shifts, strict=True):
+            back = np.fft.ifft2(fourier_shift(np.fft.fft2(clean[1]), -shifts[1])).real
+            inner = (slice(20, -20), slice(20, -20))
+            assert np.abs(back - clean[0])[inner].max() < 0.02 * np.ptp(clean[0])
+
+
+def test_aberrations_act_as_their_names_say():
+    """Twofold astigmatism of 50 Å at 0° is defocus of opposite sign along y and x."""
+    spec = MovieSpec(kind="carbon", shape=(128, 128), frames=1, defocus=0.0, carbon_cover=2.0, astigmatism=600.0)
+    power = np.abs(np.fft.fft2(simulate_movie(spec, 1).clean[0] - 1)) ** 2
+    plain = np.abs(np.fft.fft2(simulate_movie(MovieSpec(**{**vars(spec), "astigmatism": 0.0}), 1).clean[0] - 1)) ** 2
+    assert power.sum() > 1.3 * plain.sum()
+    turned = simulate_movie(MovieSpec(**{**vars(spec), "astigmatism_angle": 90.0}), 1).clean[0]
+    opposite = simulate_movie(MovieSpec(**{**vars(spec), "astigmatism": -600.0}), 1).clean[0]
+    assert np.allclose(turned, opposite, atol=1e-3)
+    assert not np.allclose(turned, simulate_movie(spec, 1).clean[0], atol=1e-2)
+
+
+def test_scan_jitter_displaces_rows():
+    spec = MovieSpec(kind="graphene", mode="haadf", shape=(128, 128), frames=2, sampling=0.1, scan_jitter=0.3, events=0)
+    jittered = simulate_movie(spec, 2).clean[0]
+    steady = simulate_movie(MovieSpec(**{**vars(spec), "scan_jitter": 0.0}), 2).clean[0]
+    lags = []
+    for one, other in zip(jittered, steady, strict=True):
+        products = [np.dot(one[10:-10], np.roll(other, lag)[10:-10]) for lag in range(-10, 11)]
+        lags.append(np.argmax(products) - 10)
+    assert np.std(lags) * 0.1 == pytest.approx(0.3, rel=0.25)
+    assert np.abs(jittered.mean() / steady.mean() - 1) < 0.02
+    with pytest.raises(SettingsError, match="scan_jitter"):
+        MovieSpec(scan_jitter=0.3)
 
 
 def test_every_site_of_a_sheet_is_listed_with_what_it_holds():
