@@ -1,4 +1,4 @@
-"""The verbs that make and judge models: simulate, train."""
+"""The verbs that make and judge models: simulate, mtf, train."""
 
 from __future__ import annotations
 
@@ -30,6 +30,36 @@ def simulate(
     truth = target.with_suffix(".truth.npz")
     truth_of(movie).save(truth)
     out.print(f"wrote {target} and its truth {truth}", markup=False)
+
+
+@models.command()
+def mtf(
+    source: Annotated[str, typer.Argument(help="frames of a camera in which some region shows only the beam")],
+    output: OutputOption = None,
+    region: Annotated[
+        list[str] | None, typer.Option(help="top,left,height,width in px of such a region; default: found; repeatable")
+    ] = None,
+    dark: Annotated[
+        str | None, typer.Option(help="frames without beam: offset and readout noise come from them")
+    ] = None,
+    offset: Annotated[float | None, typer.Option(help="reading without beam, in counts")] = None,
+    readout: Annotated[float | None, typer.Option(help="readout noise, in counts rms")] = None,
+    dataset: Annotated[str | None, typer.Option(help="which data set of a file that holds several")] = None,
+) -> None:
+    """Fit a camera's MTF and noise from vacuum; writes fields for `simulate` (YAML) and a picture of the fit."""
+    from pipeline.camera import parse_region, run_mtf
+
+    target = output or Path(f"{Path(source).stem}.mtf.yaml")
+    run_mtf(
+        source,
+        target,
+        report=lambda line: out.print(line, markup=False),
+        regions=[parse_region(text) for text in region or []],
+        dark=dark,
+        offset=offset,
+        readout=readout,
+        dataset=dataset,
+    )
 
 
 @models.command()

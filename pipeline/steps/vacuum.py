@@ -1,0 +1,190 @@
+"""Where a frame shows nothing but the beam, and the power spectrum of the noise there."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import gamma
+
+from schemas.errors import SourceError
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Region = tuple[int, int, int, int]
+
+LOW_BAND, MIDDLE_BAND = (0.012, 0.08), (0.12, 0.25)  # cycles/px; specimens have most of their contrast in the first
+MOST_SQUARES, MOST_SPECTRA = 1024, 16_384  # that are looked at
+FINEST = 0.35  # cycles/px; a lattice is looked for up to here, since blurred noise falls steeply beyond
+LOWEST = 2.5  # bins of a tile from k = 0 that slow gradients reach through the window
+MOST_LEVELS = 4
+MOST_UNLIKE = 0.4  # part of the usual brightness by which vacuum may differ within the frame
+SPIKE = 8.0  # standard deviations at which X-rays and hot pixels are cut off
+LEVEL_SPREAD = 0.2  # means that differ by more than this part are told apart as levels
+# Tiles under a Hann window that overlap by half, in both directions: variance of their mean power against that of
+# independent tiles (1 + 4/36 + 4/1296), and bins of one ring that are as good as one (the window's bandwidth, squared).
+OVERLAP, BANDWIDTH = 1.114, (35 / 18) ** 2
+
+
+class Tiles(NamedTuple):
+    """Squares that were looked at: top, left (tile,) [px]; slope (tile,): power at low over power at middle
+    frequencies, against that of the flattest tenth [1]; peak (tile,): brightest bin of the spectrum over what noise
+    would reach [1]; chosen (tile,)."""
+
+    top: NDArray[np.intp]
+    left: NDArray[np.intp]
+    slope: Floats
+    peak: Floats
+    chosen: Bools
+
+
+class Level(NamedTuple):
+    """Noise at one brightness: mean reading [counts], k (ring) [cycles/px], power (ring) [counts² per pixel], and how
+    many independent values, of two degrees of freedom each, every ring is the mean of."""
+
+    mean: float
+    k: Floats
+    power: Floats
+    values: Floats
+
+
+def find_vacuum(frames: NDArray[np.floating], *, tile: int, tolerance: float) -> Tiles:
+    """Squares of frames (time, y, x) [counts] that are flat and without lattice: the beam alone, as far as one can see.
+
+    tile: their edge [px]; tolerance: how far the slope of a square's spectrum may be from that of the flattest tenth.
+    A square with a peak that noise reaches in fewer than 1 of 100 squares is no vacuum. A film that covers all of the
+    frame evenly passes: by its spectrum alone it cannot be told from a camera that blurs. Raises SourceError where no
+    square is left.
+    """
+    height, width = frames.shape[1:]
+    if min(height, width) < tile:
+        raise SourceError(f"frames of {height} × {width} px hold no square of {tile} px; expected larger frames")
+    places = _squares((0, 0, height, width), tile, (height, width))
+    if len(places) > MOST_SQUARES:
+        places = [place for place in places if place[0] % tile == 0 and place[1] % tile == 0]
+    some = frames[np.unique(np.linspace(0, len(frames) - 1, max(1, MOST_SPECTRA // len(places))).astype(int))]
+    k = _frequencies(tile)
+    low, middle = ((k >= max(low, LOWEST / tile)) & (k < high) for low, high in (LOW_BAND, MIDDLE_BAND))
+    slope, peak, mean = [], [], []
+    for top, left in places:
+        square = some[:, top : top + tile, left : left + tile].astype(np.float64)
+        power = np.mean([_periodogram(one - one.mean()) for one in square], axis=0)
+        slope.append(power[low].mean() / max(float(power[middle].mean()), 1e-300))
+        peak.append(_peak(power, k, len(some)))
+        mean.append(square.mean())
+    relative = np.array(slope) / max(float(np.quantile(slope, 0.1)), 1e-300)
+    scatter = 4 * np.sqrt(BANDWIDTH / len(some) * (1 / low.sum() + 1 / middle.sum()))
+    chosen = (np.abs(relative - 1) <= max(tolerance, scatter)) & (np.array(peak) <= 1)
+    if chosen.any():  # what is much darker or brighter than most of the rest, if even, is a thick specimen
+        usual = float(np.median(np.array(mean)[chosen]))
+        chosen &= np.abs(np.array(mean) - usual) <= MOST_UNLIKE * abs(usual)
+    else:
+        raise SourceError(
+            f"none of {len(places)} squares of {tile} px is vacuum: each has lattice peaks or uneven brightness. "
+            "Name a region that shows only the beam, for example --region 0,0,256,256 (top, left, height, width in px)"
+        )
+    tops, lefts = np.array(places).T
+    return Tiles(tops, lefts, relative, np.array(peak), chosen)
+
+
+def _peak(power: Floats, k: Floats, frames: int) -> float:
+    """Brightest bin over what noise reaches in 1 of 100 squares, each against the lower quartile of its ring.
+
+    A lattice of large spacing has few bins in its ring that are not of a peak; hence wide rings and not the median.
+    """
+    tile = len(power)
+    usable = (k >= LOWEST / tile) & (k <= FINEST)
+    ring = (k * tile / 3).astype(np.intp)[usable]
+    values = power[usable]
+    order = np.lexsort((values, ring))
+    sizes = np.bincount(ring)
+    quartile = values[order][np.minimum(np.cumsum(sizes) - sizes + sizes // 4, len(values) - 1)]
+    reached = gamma.isf(0.01 / usable.sum(), frames) / gamma.ppf(0.25, frames)
+    # What so few bins leave uncertain of their quartile.
+    margin = 1 + 4 * np.sqrt(BANDWIDTH / (np.maximum(sizes, 1) * frames))
+    return float((values / np.maximum((quartile * margin)[ring], 1e-300)).max()) / float(reached)
+
+
+def noise_spectra(frames: NDArray[np.floating], regions: list[Region], *, tile: int) -> list[Level]:
+    """Power spectra of the noise in regions (top, left, height, width) [px] of frames (time, y, x) [counts].
+
+    Of several frames the mean over time, scaled to each frame's brightness, is taken off, and with it the pattern of
+    the camera and what stands still; of a single one a plane per square. Spikes are cut off. Squares of `tile` px that
+    overlap by half are sorted into up to 4 levels of brightness if they differ enough: these tell gain from offset and
+    readout.
+    """
+    places = sorted({place for region in regions for place in _squares(region, tile, frames.shape[1:])})
+    if not places:
+        raise SourceError(
+            f"the region(s) {regions} hold no square of {tile} px of a frame of {frames.shape[1:]} px; "
+            "name a larger one (top, left, height, width in px)"
+        )
+    average = frames.mean(0, dtype=np.float64)
+    means = np.array([[frame[t : t + tile, x : x + tile].mean() for t, x in places] for frame in frames])
+    edges = _levels(means)
+    total = np.zeros((len(edges) - 1, tile, tile // 2 + 1))
+    number, brightness = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
+    for frame, row in zip(frames, means, strict=True):
+        for (top, left), mean in zip(places, row, strict=True):
+            part = (slice(top, top + tile), slice(left, left + tile))
+            level = int(np.clip(np.searchsorted(edges, mean, side="right") - 1, 0, len(edges) - 2))
+            residual = _residual(frame[part].astype(np.float64), average[part], len(frames))
+            reach = SPIKE * residual.std()
+            total[level] += _periodogram(np.clip(residual, -reach, reach))
+            number[level] += 1
+            brightness[level] += mean
+    overlaps = OVERLAP if len(places) > 1 else 1.0
+    return [_rings(t / n, n / overlaps, b / n) for t, n, b in zip(total, number, brightness, strict=True) if n]
+
+
+def _residual(square: Floats, average: Floats, frames: int) -> Floats:
+    if frames > 1:
+        scale = square.mean() / average.mean() if average.mean() else 1.0
+        return np.asarray((square - scale * average) * np.sqrt(frames / (frames - 1)))
+    ramp = np.linspace(-1, 1, len(square))
+    slopes = (square.mean(1) @ ramp / (ramp @ ramp), square.mean(0) @ ramp / (ramp @ ramp))
+    return np.asarray(square - square.mean() - slopes[0] * ramp[:, None] - slopes[1] * ramp)
+
+
+def _frequencies(tile: int) -> Floats:
+    return np.asarray(np.hypot(np.fft.fftfreq(tile)[:, None], np.fft.rfftfreq(tile)))
+
+
+def _periodogram(square: Floats) -> Floats:
+    """|F|² (ky, kx ≥ 0) of a square under a Hann window, such that white noise of variance v has mean v."""
+    line = np.hanning(len(square) + 1)[:-1]
+    window = np.outer(line, line)
+    return np.asarray(np.square(np.abs(np.fft.rfft2(square * window))) / np.square(window).sum())
+
+
+def _squares(region: Region, tile: int, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    top, left, height, width = region
+    low, right = min(top + height, shape[0]) - tile, min(left + width, shape[1]) - tile
+    step = max(tile // 2, 1)
+    return [(t, x) for t in range(max(top, 0), low + 1, step) for x in range(max(left, 0), right + 1, step)]
+
+
+def _levels(means: Floats) -> Floats:
+    """Edges of brightness between levels."""
+    low, high = np.quantile(means, [0.05, 0.95])
+    if high - low <= LEVEL_SPREAD * abs(float(np.median(means))):
+        return np.array([-np.inf, np.inf])
+    return np.array([-np.inf, *np.linspace(low, high, MOST_LEVELS + 1)[1:-1], np.inf])
+
+
+def _rings(power: Floats, squares: float, mean: float) -> Level:
+    """Mean over rings, without the axes (rows and columns that were read out together) and single bright bins."""
+    tile = len(power)
+    k = _frequencies(tile)
+    ring = np.rint(k * tile).astype(np.intp)
+    ky, kx = np.abs(np.fft.fftfreq(tile))[:, None], np.fft.rfftfreq(tile)
+    usable = (k >= LOWEST / tile) & (ky > 1.5 / tile) & (kx > 1.5 / tile) & (kx < 0.5)
+    for _ in range(2):
+        number = np.bincount(ring[usable], minlength=ring.max() + 1)
+        level = np.bincount(ring[usable], power[usable], ring.max() + 1) / np.maximum(number, 1)
+        usable &= power <= level[ring] * (1 + 7 * np.sqrt(1 / max(squares, 1)) + 7 / max(squares, 1))
+    number = np.bincount(ring[usable], minlength=ring.max() + 1)
+    some = number >= 4
+    sums = [np.bincount(ring[usable], v[usable], ring.max() + 1)[some] / number[some] for v in (k, power)]
+    return Level(float(mean), sums[0], sums[1], (number[some] * squares / BANDWIDTH).astype(np.float64))
