@@ -24,11 +24,14 @@ MOST_PEAKS = 16
 APART = np.deg2rad(30.0)  # two pairs nearer in direction than this do not span a lattice
 MOST_LENGTHS = 1.8  # nor do two whose lengths differ by more than this factor
 ZONES = (  # face-centred cubic: zone, ratio of the lengths of two reflections, angle between their lines [deg]
-    ("100", 1.0, 90.0),
-    ("100", 2**0.5, 45.0),
-    ("110", 1.0, 70.53),
-    ("110", 2 / 3**0.5, 54.74),
-    ("111", 1.0, 60.0),
+    ("100", 1.0, 90.0),  # 200 and 020
+    ("100", 2**0.5, 45.0),  # 200 and 220
+    ("110", 1.0, 70.53),  # two of 111
+    ("110", 2 / 3**0.5, 54.74),  # 111 and 200
+    ("110", (8 / 3) ** 0.5, 35.26),  # 111 and 220
+    ("110", (8 / 3) ** 0.5, 90.0),
+    ("110", 2**0.5, 90.0),  # 200 and 220
+    ("111", 1.0, 60.0),  # two of 220
 )
 ZONE_LENGTH, ZONE_ANGLE = 0.05, 5.0  # how far from these a zone is still named: part of the ratio, degrees
 
