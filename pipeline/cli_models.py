@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from schemas.errors import SettingsError
+
 models = typer.Typer()
 out = Console(soft_wrap=True, highlight=False)
 
@@ -64,12 +66,32 @@ def mtf(
 
 @models.command()
 def train(
-    what: Annotated[str, typer.Argument(help="columns or denoise")],
+    what: Annotated[str, typer.Argument(help="columns, particles, species or denoise")],
+    spec: Annotated[
+        Path | None, typer.Argument(help="YAML file of the training; default: that of the shipped weights")
+    ] = None,
     output: OutputOption = None,
-    steps: Annotated[int | None, typer.Option(help="training steps; default: those of the shipped weights")] = None,
+    steps: Annotated[int | None, typer.Option(help="training steps instead of those of the specification")] = None,
+    cluster: Annotated[str | None, typer.Option("--cluster", help="train on one worker of this profile")] = None,
 ) -> None:
-    """Train the weights that ship with the project again."""
+    """Train a network from simulations; the same command again goes on where it was cut short."""
+    from cluster import connect
+    from pipeline import train as training
     from pipeline.networks.shipped import train as train_weights
+    from schemas.profiles import load_profile
 
-    digest = train_weights(what, output, steps=steps, report=lambda line: out.print(line, markup=False))
+    def report(line: str) -> None:
+        out.print(line, markup=False)
+
+    if what == "denoise":
+        digest = train_weights(what, output, steps=steps, report=report)
+    elif output is None:
+        raise SettingsError(f"no file for the weights of {what}; name it with -o FILE.safetensors")
+    else:
+        profile = load_profile(cluster or "serial")
+        training.load_spec(what, spec)
+        with connect(profile) as client:
+            digest = training.train(
+                what, spec, output, client=client, device=profile.device, steps=steps, report=report
+            )
     out.print(f"wrote weights with SHA-256 {digest}", markup=False)

@@ -13,7 +13,9 @@ import json
 import math
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -36,6 +38,17 @@ WARM_UP = 0.02  # share of the steps over which the rate rises
 CLIP = 1.0  # largest norm of the gradient
 CHECKPOINT = "checkpoint.safetensors"
 _KEY = "colonnade"
+_DEVICE: ContextVar[str] = ContextVar("device of trainings", default="cpu")
+
+
+@contextmanager
+def training_on(device: str) -> Iterator[None]:
+    """Every `fit` within takes its steps on this device; validation and what it returns stay on the CPU."""
+    token = _DEVICE.set(device)
+    try:
+        yield
+    finally:
+        _DEVICE.reset(token)
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ def fit(
     report: Report,
     identity: str = "",
 ) -> Fit[Network]:
-    """Train `network` in place, on the device it is on; returned with the best running mean of its weights.
+    """Train `network` in place; returned with the best running mean of its weights.
 
     sample(rng) draws one item, a tuple of tensors; `plan.batch` of them are stacked and given to loss(network, *batch).
     score(network) validates the running mean (higher "score" is better), every `check_every` steps and at the end.
@@ -94,8 +107,8 @@ def fit(
     on; `identity` says what the data are, for a checkpoint of other data is refused. CPU: one thread, the same bits.
     Raises SettingsError for a checkpoint of another training and for a loss that is not finite.
     """
-    progress = _begun(network, plan)
     identity = _identity(network, plan, identity)
+    progress = _begun(network.to(_DEVICE.get()), plan)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         _restore(progress, folder / CHECKPOINT, identity, report)
@@ -112,7 +125,7 @@ def fit(
                     _keep(progress, folder / CHECKPOINT, identity)
                     write_curve(progress.curve, folder)
     network.load_state_dict(progress.best)
-    return Fit(network.eval(), progress.curve, best_of(progress.curve))
+    return Fit(network.cpu().eval(), progress.curve, best_of(progress.curve))
 
 
 def best_of(curve: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -185,7 +198,7 @@ def _check(
 ) -> dict[str, float]:
     """Validate the running mean, keep it if it is the best so far; the new row of the curve."""
     with torch.no_grad():
-        found = {name: float(value) for name, value in score(progress.average).items()}
+        found = {name: float(value) for name, value in score(copy.deepcopy(progress.average).cpu()).items()}
     if "score" not in found:
         raise SettingsError(f"the validation gave {sorted(found)}; expected a value called 'score' among them")
     if math.isnan(found["score"]):

@@ -17,6 +17,9 @@ FLATTEN = 5.0  # Å, standard deviation of the Gaussian whose local mean is remo
 FLOOR = 0.04  # of the mean intensity; a frame that varies less than this is flat, and stays small
 KNEE = 3.0  # contrast, in units of the frame's, beyond which the input grows only logarithmically
 
+PARTICLE_SAMPLING_RANGE = (0.03, 1.2)  # Å/px of the detector; frames are resampled to what the network works at
+PARTICLE_UNIT = 0.1  # of the mean intensity: a contrast that is 1 in what the network of particles is shown
+
 
 def usable(sampling: float) -> bool:
     """Whether frames of this sampling [Å/px] can be segmented."""
@@ -98,6 +101,50 @@ def vote_polarity(
         device=device,
     )
     return 1 if float(np.sum(evidence)) >= 0 else -1
+
+
+def particle_probability(
+    network: nn.Module,
+    frames: NDArray[np.floating],
+    *,
+    sampling: float,
+    model_sampling: float,
+    window: int | None,
+    halo: int | None,
+    batch: int,
+    device: str | torch.device = "cpu",
+) -> NDArray[np.float32]:
+    """Probability (time, y, x) that a pixel belongs to a particle, on the detector's grid.
+
+    frames (time, y, x) in any unit proportional to intensity, raw or denoised; sampling and model_sampling in Å/px.
+    The sign of the contrast does not matter. window and halo in pixels of the network (`halo` None: its receptive
+    radius). Frames are independent of each other.
+    Raises SettingsError for a sampling outside PARTICLE_SAMPLING_RANGE and for windows that do not fit.
+    """
+    low, high = PARTICLE_SAMPLING_RANGE
+    if not low <= sampling <= high:
+        raise SettingsError(
+            f"the sampling is {sampling} Å/px; expected {low} to {high} Å/px to find particles; correct "
+            "source.sampling if it is wrong, bin finer frames with source.binning, or set particles.model to none"
+        )
+    out = np.empty(frames.shape, np.float32)
+    for index, frame in enumerate(frames):
+        prepared = prepare_particles(_tensor(frame, device), sampling=sampling, model_sampling=model_sampling)
+        logits = _logits(network, prepared, window, halo, batch)[:1]
+        out[index] = _back(torch.sigmoid(logits), frame.shape).cpu().numpy()
+    return out
+
+
+def prepare_particles(frame: Tensor, *, sampling: float, model_sampling: float) -> Tensor:
+    """Frame (y, x) as the network of particles wants it: at its sampling, contrast against the mean, compressed.
+
+    Contrast is measured in PARTICLE_UNIT of the mean intensity and not in the frame's own spread: so noise alone looks
+    as weak as it is. Beyond KNEE units it grows only logarithmically.
+    """
+    size = [max(1, round(n * sampling / model_sampling)) for n in frame.shape]
+    level = frame.mean().clamp_min(1e-12)
+    resampled = functional.interpolate(frame[None, None] / level, size=size, mode="bicubic", antialias=True)[0, 0]
+    return KNEE * torch.asinh((resampled - 1.0) / (KNEE * PARTICLE_UNIT))
 
 
 def check_sampling(sampling: float) -> None:
