@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from pipeline.networks import pretrain, train_segment
-from pipeline.networks.msdnet import MSDNet
-from pipeline.networks.weights import SHIPPED, load_weights, save_weights
+from pipeline.networks import pretrain, train_columns
+from pipeline.networks.weights import SHIPPED, save_weights
 from schemas.errors import SettingsError
 
 Report = Callable[[str], None]
@@ -18,7 +17,7 @@ DENOISE_CONFIG: dict[str, Any] = {"frames": 7, "channels": 48, "dilations": [2, 
 DENOISE = pretrain.PretrainSettings(
     steps=10_000, simulated=60, phantoms=300, crop=96, batch=8, learning_rate=3e-3, seed=1
 )
-COLUMNS = train_segment.SHIPPED
+COLUMNS = train_columns.ColumnTraining()
 
 
 def train(what: str, output: Path | None, *, steps: int | None, report: Report) -> str:
@@ -27,7 +26,8 @@ def train(what: str, output: Path | None, *, steps: int | None, report: Report) 
         raise SettingsError(f"{what!r} cannot be trained; expected columns or denoise")
     path = output or SHIPPED / f"{what}.safetensors"
     if what == "columns":
-        return train_columns(path, dataclasses.replace(COLUMNS, steps=steps or COLUMNS.steps), report=report)
+        chosen = dataclasses.replace(COLUMNS, steps=steps or COLUMNS.steps)
+        return train_columns.train(chosen, path, folder=None, report=report)
     return train_denoise(path, DENOISE._replace(steps=steps or DENOISE.steps), report=report)
 
 
@@ -40,22 +40,4 @@ def train_denoise(path: Path, settings: pretrain.PretrainSettings, *, report: Re
 
     network = pretrain.pretrain(DENOISE_CONFIG, settings, report=report, snapshot=snapshot)
     facts["figures"] = pretrain.card_figures(network, seed=1234)
-    return save_weights(network, path, facts)
-
-
-def train_columns(
-    path: Path, training: train_segment.Training, *, report: Report, start: str | None = None, every: bool = False
-) -> str:
-    """Train the column network, from the weights ``start`` if named; with ``every`` also write ``path``.STEP."""
-    examples = train_segment.simulate(training, report)
-    facts = train_segment.metadata(training, len(examples))
-    first = load_weights(start) if start else None
-    if first is not None:
-        facts["started_from"] = {"sha256": first.sha256, "training": first.metadata["training"]}
-
-    def keep(network: Any, step: int) -> None:
-        save_weights(network, f"{path}.{step}", facts)
-
-    begin = cast(MSDNet, first.module) if first is not None else None
-    network = train_segment.train(examples, training, report, start=begin, keep=keep if every else None)
     return save_weights(network, path, facts)
