@@ -54,7 +54,7 @@ class Lens:
 
     def ctf(self, defocus: float) -> abtem.CTF:
         """The transfer function at a defocus [Å]; > 0 is underfocus (abTEM's C10 is its negative)."""
-        residual: dict[str, float] = {}
+        residual: dict[str, Any] = {}
         if self.astigmatism:
             residual |= {"C12": self.astigmatism, "phi12": np.deg2rad(self.astigmatism_angle)}
         if self.coma:

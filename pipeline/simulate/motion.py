@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.simulate.structures.specimen import Move
+
 
 @dataclass(frozen=True)
 class ColumnEvent:
-    """A column that appears or vanishes: kind, the first frame of the new state, and which column."""
+    """What happens: kind, the first frame of the new state, which column, and the one that it becomes (or −1).
+
+    kind: appear, vanish, hop, or coordination (an atom that stays about where it is gets another number of bonds).
+    """
 
     kind: str
     frame: int
     column: int
+    to: int = -1
 
 
 def drift_path(rng: np.random.Generator, frames: int, *, step: float, jitter: float, limit: float) -> np.ndarray:
@@ -65,3 +72,26 @@ def presence(
         there[frame:, column] = ~there[frame, column]
         found.append(ColumnEvent("appear" if there[frame, column] else "vanish", frame, int(column)))
     return there, tuple(sorted(found, key=lambda event: (event.frame, event.column)))
+
+
+def hops(
+    rng: np.random.Generator, there: np.ndarray, moves: Sequence[Move], *, count: int, eligible: np.ndarray
+) -> tuple[ColumnEvent, ...]:
+    """Let `count` moves happen at random frames, changing there (time, unit) in place; returns what happened when.
+
+    A move is possible while all that leaves is there and all that comes is not, and its columns are eligible (column,)
+    bool. There are fewer where nothing can move any more.
+    """
+    frames = len(there)
+    usable = [way for move in moves if eligible[[move.column, move.to]].all() for way in (move, move.back)]
+    found = []
+    for frame in np.sort(rng.integers(min(2, frames), max(frames - 1, 1), count)).tolist():
+        now = there[min(frame, frames - 1)]
+        possible = [way for way in usable if now[list(way.off)].all() and not now[list(way.on)].any()]
+        if frame >= frames or not possible:
+            continue
+        chosen = possible[int(rng.integers(len(possible)))]
+        there[frame:, list(chosen.off)] = False
+        there[frame:, list(chosen.on)] = True
+        found.append(ColumnEvent(chosen.kind, frame, chosen.column, chosen.to))
+    return tuple(found)

@@ -11,7 +11,7 @@ from ase.data import chemical_symbols
 from pipeline.simulate import motion
 from pipeline.simulate.spec import KINDS, MovieSpec
 from pipeline.simulate.structures.film import carbon
-from pipeline.simulate.structures.nanoparticle import nanoparticle
+from pipeline.simulate.structures.nanoparticle import Particle, nanoparticle
 from pipeline.simulate.structures.sheet import SHEETS, sheet
 from pipeline.simulate.structures.specimen import Specimen, empty, joined, moved, named, turned
 
@@ -89,26 +89,37 @@ def build_scene(spec: MovieSpec, seed: int) -> Scene:
     crystal = replace(crystal, positions=crystal.positions + np.array([0.0, 0.0, lift]))
     drift = motion.drift_path(rng, spec.frames, step=spec.drift_step, jitter=spec.drift_jitter, limit=spec.drift_limit)
     angle = motion.turning(rng, spec.frames, np.deg2rad(spec.rotation_step))
+    eligible = _well_inside(crystal, spec, np.abs(drift).max(0))
+    thick = np.bincount(crystal.column, minlength=crystal.count) >= spec.least_atoms
     there, events = motion.presence(
         rng,
         crystal.movable,
         spec.frames,
-        eligible=_well_inside(crystal, spec, np.abs(drift).max(0)),
+        eligible=_units(crystal, eligible & thick),
         events=spec.events,
         at_first=0.4 if spec.kind == "nanoparticle" else 1.0,
     )
+    there[:, crystal.absent] = False
+    if spec.hops:
+        hopping = np.random.default_rng([seed, 4])
+        hops = motion.hops(hopping, there, crystal.moves, count=spec.hops, eligible=eligible)
+        events = tuple(sorted((*events, *hops), key=lambda event: (event.frame, event.column)))
     return Scene(spec, crystal, film, drift, angle, there, events, seed)
 
 
+def _units(crystal: Specimen, columns: np.ndarray) -> np.ndarray:
+    """Which units (unit,) lie in columns (column,) of which something is true."""
+    of_unit = np.zeros(len(crystal.movable), bool)
+    of_unit[crystal.unit] = columns[crystal.column]
+    return of_unit
+
+
 def _well_inside(crystal: Specimen, spec: MovieSpec, reach: np.ndarray) -> np.ndarray:
-    """Columns that stay in the view throughout and are thick enough to be seen."""
-    if not crystal.count:
-        return np.zeros(0, bool)
-    thick = np.bincount(crystal.column, minlength=crystal.count)
+    """Columns that stay in the view throughout."""
     half = np.array(spec.field_of_view) / 2 - reach - 1.0
     far = np.zeros(crystal.count)
     np.maximum.at(far, crystal.column, (np.abs(crystal.positions[:, :2]) - half).max(1))
-    return (far <= 0) & (thick >= spec.least_atoms)
+    return np.asarray(far <= 0)
 
 
 def _crystal(rng: np.random.Generator, spec: MovieSpec, reach: float) -> Specimen:
@@ -120,16 +131,15 @@ def _crystal(rng: np.random.Generator, spec: MovieSpec, reach: float) -> Specime
     half = np.array(spec.field_of_view) / 2
     parts: list[Specimen] = []
     taken: list[np.ndarray] = []
+    tilts = spec.tilts or (spec.tilt,) * spec.particles
     for index in range(spec.particles):
         radius = spec.radius or float(min(0.34 * half.min() * 2 / np.sqrt(spec.particles), 17.0)) * rng.uniform(0.85, 1)
-        part = nanoparticle(
-            rng,
-            element=spec.element,
-            zone=spec.zone,
-            radius=radius,
-            thickness=spec.thickness,
-            tilt=np.deg2rad(spec.tilts[index] if spec.tilts else spec.tilt),
-        )
+        plan = Particle(
+            spec.element, radius, spec.thickness, zone=spec.zone, tilt=np.deg2rad(tilts[index]),
+            shape=spec.shapes[0 if len(spec.shapes) == 1 else int(rng.integers(len(spec.shapes)))],
+            vacancies=spec.particle_vacancies, adatoms=spec.adatoms, mobile=spec.hops > 0,
+        )  # fmt: skip
+        part = nanoparticle(rng, plan)
         centre = _free_place(rng, np.maximum(half - radius - 2, 0), taken, 2 * radius + 5, len(parts) == 0)
         if centre is None:
             break

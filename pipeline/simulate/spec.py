@@ -22,6 +22,8 @@ class MovieSpec:
     contrast. hole: radius of a hole in a sheet.
     defoci: a focal series: every frame is imaged at each of these from the same exit wave, but with noise of its own.
     plane_drift: rms shift of its planes against each other. scan_jitter: rms displacement of scanned rows (HAADF).
+    shapes: drawn from for each particle. zone: 100, 110, 111 or random. adatoms: columns of 1 to 3 atoms beside each
+    particle's rim; particle_vacancies: share of a particle's atoms that is missing. hops: how often something moves.
     tilts: how far each particle is off its zone, where they differ; else all are off by `tilt`.
     min_atoms: columns with fewer atoms are kept in the truth but not marked visible (default 3, sheets 1).
     noise: counting (white, whatever the mtf) or integrating (blurred by the mtf as the image is; there `excess` is the
@@ -41,6 +43,7 @@ class MovieSpec:
     zone: str = "110"
     radius: float | None = None
     thickness: float = 22.0
+    shapes: tuple[str, ...] = ("faceted",)
     particles: int = 1
     tilt: float = 0.0
     tilts: tuple[float, ...] | None = None
@@ -48,6 +51,9 @@ class MovieSpec:
     carbon_cover: float = 0.6
     carbon_walk: float = 0.1
     vibration: float = 0.05
+    particle_vacancies: float = 0.0
+    adatoms: int = 0
+    hops: int = 0
     vacancies: float = 0.01
     dopants: float = 0.004
     hole: float = 0.0

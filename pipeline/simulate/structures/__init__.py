@@ -7,10 +7,12 @@ A new family is one file with a function that returns a ``Specimen`` and one lin
 from __future__ import annotations
 
 from pipeline.simulate.structures.film import carbon
-from pipeline.simulate.structures.nanoparticle import LATTICES, ZONES, nanoparticle
+from pipeline.simulate.structures.nanoparticle import ZONES, Particle, nanoparticle
+from pipeline.simulate.structures.shapes import LATTICES, SHAPES
 from pipeline.simulate.structures.sheet import SHEETS, sheet
 from pipeline.simulate.structures.specimen import Sites, Specimen, empty, named, turned
 
 __all__ = [
-    "LATTICES", "SHEETS", "ZONES", "Sites", "Specimen", "carbon", "empty", "named", "nanoparticle", "sheet", "turned",
+    "LATTICES", "SHAPES", "SHEETS", "ZONES", "Particle", "Sites", "Specimen", "carbon", "empty", "named",
+    "nanoparticle", "sheet", "turned",
 ]  # fmt: skip

@@ -1,86 +1,142 @@
-"""Particles of face-centred cubic metals with facets, on a zone axis or tilted off it."""
+"""Particles of face-centred cubic metals: any shape, on a zone axis or off it, with vacancies and adatoms that hop."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 from scipy.spatial import cKDTree
+from scipy.spatial.transform import Rotation
 
-from pipeline.simulate.structures.specimen import PARTICLE_DTYPE, Specimen, grouped, specimen, turned
+from pipeline.simulate.structures.adatoms import adatoms
+from pipeline.simulate.structures.shapes import LATTICES, TWINNED, check_shape, inside, lattice, planes_of, twinned
+from pipeline.simulate.structures.specimen import PARTICLE_DTYPE, Specimen, grouped, joined, specimen, turned
 from schemas.errors import SettingsError
 
-LATTICES = {  # face-centred cubic metals: lattice constant [Å] and atomic number
-    "Au": (4.078, 79),
-    "Pt": (3.924, 78),
-    "Ag": (4.086, 47),
-    "Pd": (3.891, 46),
-    "Cu": (3.615, 29),
-    "Ni": (3.524, 28),
-}
 ZONES = {"100": ((0, 0, 1), (1, 0, 0)), "110": ((1, 1, 0), (0, 0, 1)), "111": ((1, 1, 1), (1, -1, 0))}
 OUTLINE = 0.42  # lattice constants: discs this large around atoms leave no gap between columns of any zone above
+BOND = 0.74  # lattice constants: a little more than the distance of nearest neighbours
+
+
+@dataclass(frozen=True)
+class Particle:
+    """One particle to build: radius, thickness (most along the beam) [Å], tilt [rad] off its zone.
+
+    zone: one of ZONES, or random. vacancies: share of missing atoms; adatoms: columns of 1 to 3 atoms on the rim;
+    mobile: whether these may hop to places beside them.
+    """
+
+    element: str
+    radius: float
+    thickness: float
+    zone: str = "110"
+    shape: str = "faceted"
+    tilt: float = 0.0
+    vacancies: float = 0.0
+    adatoms: int = 0
+    mobile: bool = False
 
 
 def frame_of(zone: str) -> np.ndarray:
     """Rows (3, 3): the crystal's directions that lie along y, x and the beam."""
     if zone not in ZONES:
-        raise SettingsError(f"zone is {zone!r}; expected one of {sorted(ZONES)}")
+        raise SettingsError(f"zone is {zone!r}; expected one of {sorted(ZONES)} or random")
     beam, side = (np.array(v, float) / np.linalg.norm(v) for v in ZONES[zone])
     return np.array([side, np.cross(beam, side), beam])
 
 
-def _inside(points: np.ndarray, radius: float, facets: np.ndarray) -> np.ndarray:
-    """Truncated shape: a sphere cut by {100} and {111} planes at facets[0] and facets[1] times the radius."""
-    cube = np.abs(points)
-    round_off = np.linalg.norm(points, axis=1) <= radius
-    limits = (cube.max(1) <= facets[0] * radius) & (cube.sum(1) / np.sqrt(3) <= facets[1] * radius)
-    return np.asarray(round_off & limits)
+def nearest_zone(beam: np.ndarray) -> tuple[str, np.ndarray, float]:
+    """Which of ZONES a direction (3,) of the crystal is nearest to: its name, its frame (3, 3), the angle [rad]."""
+    best = ("", np.eye(3), np.inf)
+    for name, (axis, side) in ZONES.items():
+        for signs in product((1, -1), repeat=3):
+            for shift in range(3):
+                along, across = (np.roll(np.array(v, float) * signs, shift) for v in (axis, side))
+                along, across = along / np.linalg.norm(along), across / np.linalg.norm(across)
+                angle = float(np.arccos(np.clip(along @ beam, -1, 1)))
+                if angle < best[2]:
+                    best = (name, np.array([across, np.cross(along, across), along]), angle)
+    return best
 
 
-def nanoparticle(
-    rng: np.random.Generator, *, element: str, zone: str, radius: float, thickness: float, tilt: float
-) -> Specimen:
-    """A face-centred cubic particle with rim columns that may come and go.
+def nanoparticle(rng: np.random.Generator, plan: Particle) -> Specimen:
+    """A particle about the middle, z ≥ 0, whose rim columns may come and go.
 
-    radius, thickness (most along the beam) [Å]; tilt [rad] off the zone is about a random axis in the plane.
-    Raises SettingsError for an unknown element or zone.
+    Raises SettingsError for an unknown element, zone or shape.
     """
-    if element not in LATTICES:
-        raise SettingsError(f"element is {element!r}; expected one of {sorted(LATTICES)}")
-    constant, number = LATTICES[element]
-    reach = int(np.ceil((radius + 4) / constant)) + 1
-    cells = np.stack(np.meshgrid(*[np.arange(-reach, reach + 1)] * 3, indexing="ij"), -1).reshape(-1, 3)
-    basis = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
-    crystal = (cells[:, None] + basis).reshape(-1, 3) * constant + rng.uniform(-0.5, 0.5, 3) * constant
-    facets = np.array([rng.uniform(0.78, 1.0), rng.uniform(0.82, 1.0)])
-    flat = np.abs(crystal @ frame_of(zone)[2]) <= thickness / 2
-    core = flat & _inside(crystal, radius, facets)
-    shell = flat & ~core & _inside(crystal, radius + 3.0, facets)
-    shell[shell] = cKDTree(crystal[core]).query(crystal[shell])[0] < 0.74 * constant
-    chosen = crystal[core | shell] @ frame_of(zone).T
-    is_core = core[core | shell]
-    group = grouped(chosen)
+    check_shape(plan.shape, plan.element)
+    turn = Rotation.random(random_state=rng).as_matrix() if plan.zone == "random" else None
+    zone, frame, tilt = _orientation(plan, turn)
+    points, core, rim = _cut(rng, plan, frame if turn is None else turn)
+    points, rim = points @ frame.T, rim @ frame.T
+    group = grouped(points)
     # A column of the shell may be added as a whole where the core has none; shell atoms that cap core columns stay out.
-    has_core = np.bincount(group, weights=is_core) > 0
+    has_core = np.bincount(group, weights=core) > 0
     enough = np.bincount(group) >= 3
-    keep = is_core | (~has_core & enough)[group]
+    shell = ~has_core & enough
+    if plan.adatoms:  # half of the places beside the core are for adatoms, the others for whole columns
+        shell &= rng.random(len(shell)) < 0.5
+    keep = core | shell[group]
+    rim = np.concatenate([rim, points[~keep]])
+    kept, core = points[keep], core[keep]
     column = np.unique(group[keep], return_inverse=True)[1].ravel()
     movable = np.ones(column.max() + 1, bool)
-    movable[column[is_core[keep]]] = False
-    axis = rng.uniform(0, np.pi)
-    placed = turned(tilted(turned(chosen[keep], -axis), tilt), axis + rng.uniform(0, 2 * np.pi))
+    movable[column[core]] = False
+    axis = rng.uniform(0, np.pi) if turn is None else 0.0
+    around = axis + rng.uniform(0, 2 * np.pi) if turn is None else 0.0
+    made = specimen(kept, np.full(len(kept), LATTICES[plan.element][1]), column, movable)
+    if plan.vacancies:
+        made = _with_vacancies(rng, made, plan.vacancies)
+    if plan.adatoms and len(rim):
+        made = joined([made, adatoms(rng, made, rim, element=plan.element, count=plan.adatoms, mobile=plan.mobile)])
+    if turn is None:
+        placed = turned(tilted(turned(made.positions, -axis), plan.tilt), around)
+    else:
+        placed = made.positions @ frame @ turn.T
     placed[:, 2] -= placed[:, 2].min()
-    made = specimen(placed, np.full(len(placed), number), column, movable)
-    return of_particle(made, element=element, shape="faceted", zone=zone, tilt=tilt, radius=radius)
-
-
-def of_particle(made: Specimen, *, element: str, shape: str, zone: str, tilt: float, radius: float) -> Specimen:
-    """A specimen whose columns belong to one particle; tilt [rad], radius [Å]."""
     row = np.zeros(1, PARTICLE_DTYPE)
-    row["element"], row["shape"], row["zone"], row["radius"] = element, shape, zone, radius
-    row["tilt"], row["outline"] = np.rad2deg(tilt), OUTLINE * LATTICES[element][0]
-    return replace(made, particle=np.zeros(made.count, int), particles=row)
+    row["element"], row["shape"], row["zone"], row["radius"] = plan.element, plan.shape, zone, plan.radius
+    row["tilt"], row["outline"] = np.rad2deg(tilt), OUTLINE * LATTICES[plan.element][0]
+    return replace(made, positions=placed, particle=np.zeros(made.count, int), particles=row)
+
+
+def _orientation(plan: Particle, turn: np.ndarray | None) -> tuple[str, np.ndarray, float]:
+    """Zone, frame (3, 3) in which columns are counted, and tilt [rad] off it; twinned shapes have no zone."""
+    if plan.shape in TWINNED:
+        return "", np.eye(3), np.nan
+    return (plan.zone, frame_of(plan.zone), plan.tilt) if turn is None else nearest_zone(turn[2])
+
+
+def _cut(rng: np.random.Generator, plan: Particle, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Atoms (n, 3) [Å] in the crystal's axes, which of them (n,) are the core, and free places (m, 3) beside the core.
+
+    The rest of the atoms are a shell that may be there. frame: rows that are y, x and the beam.
+    """
+    constant, _ = LATTICES[plan.element]
+    if plan.shape in TWINNED:
+        points = twinned(plan.shape, plan.element, plan.radius)
+        points = points[np.abs(points @ frame[2]) <= plan.thickness / 2]
+        return points, np.ones(len(points), bool), np.zeros((0, 3))
+    points = lattice(constant, plan.radius + 4, rng)
+    facets = planes_of(plan.shape, rng)
+    flat = np.abs(points @ frame[2]) <= plan.thickness / 2
+    core = flat & inside(points, plan.radius, facets)
+    beside = flat & ~core
+    beside[beside] = cKDTree(points[core]).query(points[beside])[0] < BOND * constant
+    shell = beside & inside(points, plan.radius + 3.0, facets)
+    return points[core | shell], core[core | shell], points[beside & ~shell]
+
+
+def _with_vacancies(rng: np.random.Generator, made: Specimen, share: float) -> Specimen:
+    """A specimen without a share of its atoms, one of each column excepted."""
+    gone = rng.random(len(made.positions)) < share
+    gone[np.unique(made.column, return_index=True)[1]] = False
+    keep = ~gone
+    return replace(
+        made, positions=made.positions[keep], numbers=made.numbers[keep], column=made.column[keep],
+        unit=made.unit[keep], site=made.site[keep],
+    )  # fmt: skip
 
 
 def tilted(points: np.ndarray, tilt: float) -> np.ndarray:

@@ -30,11 +30,36 @@ class Sites:
 
 
 @dataclass(frozen=True)
+class Move:
+    """Something that may happen either way round: the units off leave and the units on come.
+
+    column, to: the columns before and after, for the truth. kind: hop, or coordination where bonds change in number.
+    """
+
+    kind: str
+    off: tuple[int, ...]
+    on: tuple[int, ...]
+    column: int
+    to: int
+
+    @property
+    def back(self) -> Move:
+        """The same, the other way round."""
+        return Move(self.kind, self.on, self.off, self.to, self.column)
+
+    def shifted(self, units: int, columns: int) -> Move:
+        """The same, of a specimen whose units and columns follow those of others."""
+        off, on = (tuple(unit + units for unit in side) for side in (self.off, self.on))
+        return Move(self.kind, off, on, self.column + columns, self.to + columns)
+
+
+@dataclass(frozen=True)
 class Specimen:
     """A crystal: positions (atom, 3) [Å], numbers (atom,), column (atom,) index, movable (unit,) bool.
 
     unit (atom,): atoms of a unit come and go together; by default those of a column. absent (unit,): not there at first
-    whatever happens. particle (column,): row in particles, −1 for none. site (atom,): row in sites.
+    whatever happens. particle (column,): row in particles, −1 for none. site (atom,): row in sites. pushing (atom,)
+    bool: too large for its site, so it pushes its neighbours outwards.
     """
 
     positions: np.ndarray
@@ -47,6 +72,8 @@ class Specimen:
     site: np.ndarray
     particles: np.ndarray = field(default_factory=lambda: np.zeros(0, PARTICLE_DTYPE))
     sites: Sites | None = None
+    moves: tuple[Move, ...] = ()
+    pushing: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -68,7 +95,7 @@ def empty() -> Specimen:
 
 
 def joined(parts: list[Specimen]) -> Specimen:
-    """Several particles as one specimen; the particles are numbered in this order."""
+    """Several particles, or parts of one, as one specimen; the particles are numbered in this order."""
     if not parts:
         return empty()
     columns, units, rows = (
@@ -90,6 +117,11 @@ def joined(parts: list[Specimen]) -> Specimen:
         parts[0], positions=chained("positions"), numbers=chained("numbers"), column=chained("column", columns),
         movable=chained("movable"), unit=chained("unit", units), absent=chained("absent"),
         particle=chained("particle", rows), site=chained("site"), particles=particles,
+        moves=tuple(
+            move.shifted(int(unit), int(column))
+            for part, unit, column in zip(parts, units, columns, strict=False)
+            for move in part.moves
+        ),
     )  # fmt: skip
 
 
