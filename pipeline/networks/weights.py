@@ -22,6 +22,8 @@ ARCHITECTURES = {
     "blindspot": "pipeline.networks.blindspot:BlindSpot",
     "wcvd": "pipeline.networks.wcvd:WCVD",
     "msdnet": "pipeline.networks.msdnet:MSDNet",
+    "unet": "pipeline.networks.unet:UNet",
+    "encoder_decoder": "pipeline.networks.encoder_decoder:EncoderDecoder",
 }
 _KEY = "colonnade"
 
