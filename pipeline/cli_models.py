@@ -1,4 +1,4 @@
-"""The verbs that make and judge models: simulate, mtf, train."""
+"""The verbs that make and judge models: simulate, evaluate, mtf, train."""
 
 from __future__ import annotations
 
@@ -32,6 +32,28 @@ def simulate(
     truth = target.with_suffix(".truth.npz")
     truth_of(movie).save(truth)
     out.print(f"wrote {target} and its truth {truth}", markup=False)
+
+
+@models.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="a run")],
+    truth: Annotated[Path, typer.Argument(help="the truth that `simulate` wrote beside or into its movie")],
+    output: OutputOption = None,
+    max_distance: Annotated[float, typer.Option(help="Å beyond which a column is another one")] = 0.5,
+    margin: Annotated[float, typer.Option(help="Å from the edge within which columns are not judged")] = 1.2,
+) -> None:
+    """Score a run against the known answer of a simulated movie; prints tables and writes a picture (PNG)."""
+    from pipeline.results.evaluate import as_table, load_truth
+    from pipeline.results.evaluate import evaluate as score
+    from pipeline.results.scorecard import draw, tables
+
+    known = load_truth(truth)
+    found = score(run, known, max_distance=max_distance, margin=margin)
+    for table in (as_table(found), *tables(found)):
+        out.print(table)
+    picture = output or run.parent / f"{run.stem}.evaluation.png"
+    draw(found, known, picture)
+    out.print(f"wrote {picture}", markup=False)
 
 
 @models.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +12,27 @@ import xarray as xr
 from rich.table import Table
 
 from pipeline.results.open import open_run, rows_of_frames, to_detector, values
+from pipeline.results.scores import (
+    FrameMatch,
+    ParticleScore,
+    SpeciesScore,
+    match_frame,
+    score_bound,
+    score_calibration,
+    score_particles,
+    score_species,
+)
+from pipeline.results.truth import Truth, load_truth, truth_of
+from pipeline.steps.agreement import Calibration
 from pipeline.steps.columns import inside
-from pipeline.steps.score import Tally, match_columns, merge, score, tally_frame
+from pipeline.steps.score import Tally, merge, score
 from schemas.conventions import STATUS
-from schemas.errors import SchemaError, SettingsError
+from schemas.errors import SettingsError
 
+__all__ = ["Evaluation", "Truth", "as_table", "evaluate", "load_truth", "truth_of"]
 
-@dataclass(frozen=True)
-class Truth:
-    """The known answer of a movie: what was where on the detector.
-
-    frame, y, x, visible (column,): every column of every frame, positions [px]; a column that is not visible is neither
-    demanded nor spurious. drift (time, 2) [px]: how the specimen moved since frame 0. sampling [Å/px]; shape (y, x).
-    """
-
-    frame: np.ndarray
-    y: np.ndarray
-    x: np.ndarray
-    visible: np.ndarray
-    drift: np.ndarray
-    sampling: float
-    shape: tuple[int, int]
-
-    def save(self, path: str | Path) -> None:
-        """Write the truth as one npz file."""
-        arrays: dict[str, Any] = {name: np.asarray(value) for name, value in vars(self).items()}
-        with Path(path).open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
+NAMES = ["frame", "y", "x", "y_err", "x_err", "probability", "species"]
+BOUND_RADIUS = 1.3  # Å within which a column's image tells of its position
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,10 @@ class Evaluation:
     ``position_rms``: root of the mean squared distance of matched columns; ``coverage``: share of their coordinates
     within one standard error (0.68 where the errors are right); ``moved``: matched but more than half the greatest
     distance off. ``drift_rms``: of the drift since frame 0; ``drift_rms_centred``: free of the constant that an error
-    in frame 0 adds to all. ``count_bias`` and ``count_rms``: found minus true columns per frame.
+    in frame 0 adds to all. ``count_bias`` and ``count_rms``: found minus true columns per frame. ``bound_rms``: RMS of
+    the Cramér-Rao bound of the matched columns, which an estimate from several frames may beat. None where truth or run
+    lack what is needed: ``bound_rms``, ``bound_ratios`` (error of each matched column over its own bound), ``species``,
+    ``particles``, ``calibration`` (of columns' probabilities).
     """
 
     frames: int
@@ -69,32 +66,17 @@ class Evaluation:
     drift_rms: float
     drift_rms_centred: float
     drift_worst: float
+    bound_rms: float | None = None
+    species: SpeciesScore | None = field(default=None, compare=False)
+    particles: ParticleScore | None = None
+    calibration: Calibration | None = field(default=None, compare=False)
+    matches: tuple[FrameMatch, ...] = field(default=(), compare=False, repr=False)
+    bound_ratios: np.ndarray | None = field(default=None, compare=False, repr=False)
 
-
-def truth_of(movie: Any) -> Truth:
-    """The truth of a simulated movie (with ``columns``, ``drift``, ``sampling`` and ``counts``)."""
-    flat = np.concatenate(list(movie.columns))
-    frame = np.repeat(np.arange(len(movie.columns)), [len(columns) for columns in movie.columns])
-    shape = (int(movie.counts.shape[-2]), int(movie.counts.shape[-1]))
-    drift, sampling = np.asarray(movie.drift, dtype=float), float(movie.sampling)
-    return Truth(frame, flat["y"], flat["x"], flat["visible"], drift, sampling, shape)
-
-
-def load_truth(source: str | Path | Mapping[str, Any]) -> Truth:
-    """A truth from the file that ``Truth.save`` wrote, or from a mapping of its fields."""
-    if isinstance(source, Mapping):
-        given = dict(source)
-    else:
-        if not Path(source).exists():
-            raise SettingsError(f"{source} does not exist; expected the truth that `colonnade simulate` writes (npz)")
-        with np.load(source, allow_pickle=False) as file:
-            given = dict(file)
-    missing = [name for name in Truth.__dataclass_fields__ if name not in given]
-    if missing:
-        raise SchemaError(f"the truth lacks {', '.join(missing)}; expected {', '.join(Truth.__dataclass_fields__)}")
-    arrays = {name: np.asarray(given[name]) for name in ("frame", "y", "x", "visible", "drift")}
-    height, width = (int(size) for size in np.asarray(given["shape"]))
-    return Truth(**arrays, sampling=float(given["sampling"]), shape=(height, width))
+    @property
+    def bound_multiple(self) -> float | None:
+        """Position RMS in multiples of the Cramér-Rao bound of one frame; None without a clean image in the truth."""
+        return None if not self.bound_rms else self.position_rms / self.bound_rms
 
 
 def evaluate(
@@ -120,9 +102,11 @@ def evaluate(
     measured = np.flatnonzero(status == STATUS["measured"])
     edge = margin / known.sampling
     certain = known.visible.astype(bool) & inside(known.y, known.x, shape=known.shape, margin=edge)
-    columns = to_detector(run, rows_of_frames(run, measured)[["frame", "y", "x", "y_err", "x_err"]].load())
-    tallies = [_frame(columns, known, certain, int(frame), max_distance) for frame in measured]
+    columns = to_detector(run, rows_of_frames(run, measured)[NAMES].load())
+    matches = tuple(match_frame(columns, known, certain, int(frame), max_distance) for frame in measured)
+    tallies = [_tally(columns, match, max_distance) for match in matches]
     result, total = score(merge(tallies)), merge(tallies)
+    bound = score_bound(known, matches, radius=BOUND_RADIUS)
     difference = np.array([tally.detected - tally.true for tally in tallies], dtype=float)
     drift = np.stack([values(run, "frames/drift_y"), values(run, "frames/drift_x")], axis=1) / known.sampling
     off = (drift - known.drift)[measured]
@@ -145,6 +129,12 @@ def evaluate(
         drift_rms=_mean(np.square(off).sum(axis=1)) ** 0.5,
         drift_rms_centred=_mean(np.square(off - off.mean(axis=0)).sum(axis=1)) ** 0.5 if len(off) else float("nan"),
         drift_worst=float(np.hypot(*off.T).max()) if len(off) else float("nan"),
+        bound_rms=None if bound is None else bound[0],
+        species=score_species(run, columns, known, matches, max_distance=max_distance, margin=margin),
+        particles=score_particles(run, known, [int(frame) for frame in measured]),
+        calibration=score_calibration(columns, matches),
+        matches=matches,
+        bound_ratios=None if bound is None else bound[1],
     )
 
 
@@ -154,7 +144,7 @@ def as_table(found: Evaluation) -> Table:
     table.add_column("measure")
     table.add_column("value", justify="right")
     table.add_column("meaning", style="dim")
-    for name, value, meaning in (
+    rows = [
         ("precision", f"{found.precision:.4f}", f"{found.spurious:,} spurious of {found.detected:,} found"),
         ("recall", f"{found.recall:.4f}", f"{found.lost:,} lost of {found.true:,} true"),
         ("F1", f"{found.f1:.4f}", ""),
@@ -166,9 +156,33 @@ def as_table(found: Evaluation) -> Table:
             f"{found.drift_rms:.3f} px",
             f"centred {found.drift_rms_centred:.3f}, worst {found.drift_worst:.3f} px",
         ),
-    ):
-        table.add_row(name, value, meaning)
+        *_more(found),
+    ]
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def _more(found: Evaluation) -> list[tuple[str, str, str]]:
+    """Rows of what only some truths and runs can tell."""
+    rows = []
+    if found.bound_rms is not None and found.bound_multiple is not None:
+        bound = f"Cramér-Rao bound of one frame {found.bound_rms:.4f} Å RMS"
+        rows.append(("position RMS", f"{found.bound_multiple:.2f} ×", bound))
+    if found.calibration is not None:
+        rows.append(("calibration", f"{found.calibration.error:.3f}", "expected error of columns' probabilities"))
+    if found.species is not None:
+        sites = int(found.species.confusion.counts.sum())
+        rows.append(("species", f"{found.species.accuracy:.4f}", f"called right, of {sites:,} places"))
+        if found.species.vacancy_bias is not None:
+            meaning = f"missing atoms per frame; RMS {found.species.vacancy_rms:.2f}"
+            meaning += f", within 1 in {found.species.vacancy_within_one:.0%} of frames"
+            rows.append(("vacancy error", f"{found.species.vacancy_bias:+.2f}", meaning))
+    if found.particles is not None:
+        one = found.particles
+        meaning = f"of pixels; {one.particle_iou:.3f} of a particle, {one.detected:.1%} of particles found"
+        rows.append(("particles IoU", f"{one.iou:.3f}", meaning))
+    return rows
 
 
 def _as_truth(truth: Any) -> Truth:
@@ -177,20 +191,21 @@ def _as_truth(truth: Any) -> Truth:
     return load_truth(truth) if isinstance(truth, str | Path | Mapping) else truth_of(truth)
 
 
-def _frame(columns: xr.Dataset, truth: Truth, certain: np.ndarray, frame: int, max_distance: float) -> Tally:
-    """Score of one frame [Å] on the detector; what lies on an uncertain true column is left out."""
-    rows = slice(*np.searchsorted(columns["frame"].values, [frame, frame + 1]))
-    found = np.stack([columns["y_detector"].values[rows], columns["x_detector"].values[rows]], axis=1)
-    errors = np.stack([columns["y_err"].values[rows], columns["x_err"].values[rows]], axis=1)
-    here = truth.frame == frame
-    true = np.stack([truth.y, truth.x], axis=1) * truth.sampling
-    demanded, doubtful = true[here & certain], true[here & ~certain]
-    unmatched = match_columns(found, demanded, max_distance=max_distance).spurious
-    on_doubtful = match_columns(found[unmatched], doubtful, max_distance=max_distance).detected
-    keep = np.ones(len(found), dtype=bool)
-    keep[unmatched[on_doubtful]] = False
-    return tally_frame(
-        found[keep], demanded, max_distance=max_distance, moved_distance=max_distance / 2, errors=errors[keep]
+def _tally(columns: xr.Dataset, match: FrameMatch, max_distance: float) -> Tally:
+    """A matched frame as sums."""
+    distance = np.hypot(*match.off.T)
+    errors = np.stack([columns[name].values[match.rows] for name in ("y_err", "x_err")], axis=1)
+    count = len(match.rows)
+    return Tally(
+        detected=count + len(match.spurious),
+        true=count + len(match.lost),
+        matched=count,
+        moved=int(np.count_nonzero(distance > max_distance / 2)),
+        sum_y=float(match.off[:, 0].sum()),
+        sum_x=float(match.off[:, 1].sum()),
+        sum_square=float(np.square(match.off).sum()),
+        within_error=int(np.count_nonzero(np.abs(match.off) <= errors)),
+        frames=1,
     )
 
 

@@ -104,7 +104,7 @@ def test_drift_error_does_not_enter_positions(make_run: Callable[..., Path], tru
     """Wrong drift moves specimen positions and drift alike: on the detector nothing changes."""
     path = make_run("other")
     run = open_run(path)
-    frames = {name: run[f"frames/{name}"].values for name in FRAMES.names}
+    frames = {name: run[f"frames/{name}"].values for name in FRAMES.required}
     columns = {name: run[f"columns/{name}"].values for name in COLUMNS.names}
     frames["drift_y"] = frames["drift_y"] + 1.0
     columns["y"] = columns["y"] - 1.0
