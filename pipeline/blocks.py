@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline import inference, store
+from pipeline import inference, measure, models
+from pipeline.images import write_image
 from pipeline.movie import Clock, Movie, Task, open_movie, record, saturation_of
 from pipeline.parts import read_part, write_part
 from pipeline.plan import SAMPLE_PIXELS, step_blocks
 from pipeline.prepare import prepare_denoiser
-from pipeline.steps import columns, denoise, detector, drift, noise, species
-from schemas.conventions import STATUS
+from pipeline.steps import denoise, detector, drift, focus, noise
 
 SMALLER_TILES = 2  # how often tiles and windows are halved before memory is declared too small
 NO_NOISE = noise.NoiseModel(0.0, 1.0, 0.0, calibrated=False, signal_dependent=True)
@@ -120,13 +120,30 @@ def survey(task: Task) -> Mapping[str, Any]:
                 max_shift=options.max_shift, taper=options.taper, limit=options.limit, device=task.device,
             )  # fmt: skip
         arrays |= {"pairs": pairs, **{f"shift_{name}": values for name, values in shifts.items()}}
+    if movie.stack.planes > 1:
+        arrays["offsets"] = _plane_offsets(movie, task.start, good[own], clock)
     with clock("write"):
         write_part(task.part("survey"), arrays, {"fingerprint": dict(task.keys)["survey"]})
     return record(clock, dropped=int((~good[own]).sum()))
 
 
+def _plane_offsets(movie: Movie, start: int, good: np.ndarray, clock: Clock) -> np.ndarray:
+    """Where planes may lie against the one that is processed, (time, plane, candidate, 3); NaN in bad frames."""
+    options = movie.settings.drift
+    found = np.full((len(good), movie.stack.planes, focus.CANDIDATES, 3), np.nan)
+    for row in np.flatnonzero(good):
+        with clock("read"):
+            planes = movie.planes(start + int(row))
+        with clock("focus"):
+            found[row] = focus.plane_offsets(
+                planes, reference=movie.settings.source.defocus_plane, scale=options.defocus_shift, band=options.band,
+                taper=options.taper,
+            )  # fmt: skip
+    return found
+
+
 def solve_drift(task: Task) -> Mapping[str, Any]:
-    """One path of the specimen from the pairs of all blocks, and the list of good frames."""
+    """One path of the specimen from the pairs of all blocks, offsets of planes, and the list of good frames."""
     clock, settings = Clock(), task.settings
     size = task.settings.blocks.frames or 0
     parts = [read_part(task.part("survey", *block))[0] for block in step_blocks("survey", task.frames, size)]
@@ -147,7 +164,11 @@ def solve_drift(task: Task) -> Mapping[str, Any]:
             )  # fmt: skip
         path, error = solved.drift, solved.error
     meta = {"fingerprint": dict(task.keys)["drift"], "good": int(good.sum()), "frames": task.frames}
-    write_part(task.part("drift"), {"drift": path, "error": error, "good": good}, meta)
+    arrays = {"drift": path, "error": error, "good": good}
+    if "offsets" in parts[0]:
+        with clock("focus"):
+            arrays["offsets"] = focus.solve_offsets(np.concatenate([part["offsets"] for part in parts]))
+    write_part(task.part("drift"), arrays, meta)
     return record(clock, good=int(good.sum()))
 
 
@@ -192,118 +213,46 @@ def _with_tiles(task: Task, halvings: int) -> Task:
     options, side = task.settings, 2**halvings
     tile = max(64, (options.denoise.tile or 1024) // side)
     window = max(4 * (options.segment.halo or 32), (options.segment.window or 1024) // side)
+    particles = max(4 * models.particle_halo(options), (options.particles.window or 1024) // side)
     changed = {
         "denoise": options.denoise.model_copy(update={"tile": tile}),
         "segment": options.segment.model_copy(update={"window": window}),
+        "particles": options.particles.model_copy(update={"window": particles}),
+        "species": options.species.model_copy(update={"window": (options.species.window or 1024) // side}),
     }
     return dataclasses.replace(task, settings=options.model_copy(update=changed), halvings=halvings)
 
 
 def _process(task: Task, clock: Clock) -> Mapping[str, Any]:
     movie = open_movie(task)
-    settings = task.settings
     images = inference.infer(movie, range(task.start, task.stop), clock)
-    tables = [_columns_of_frame(movie, images, row, clock) for row in range(task.stop - task.start)]
-    rows = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-    frames = _frame_rows(movie, images, [len(table["y"]) for table in tables])
-    frames["species_count"] = np.stack(
-        [species.count_species(t["species"], classes=classes_of(task)) for t in tables]
-    ).astype(np.int32)
-    frames["species_count"][~images.good] = 0
+    measured = [measure.measure_frame(movie, images, row, clock) for row in range(task.stop - task.start)]
+    tables = {
+        "frames": measure.frame_rows(movie, images, measured),
+        "columns": _joined([one.columns for one in measured]),
+        "particles": _joined([one.particles for one in measured]),
+    }
+    rows = {"rows": len(tables["columns"]["y"]), "particles": len(tables["particles"]["y"])}
     with clock("write"):
-        for name in settings.images.save:
-            stored = images.denoised if name == "denoised" else images.probability
-            if stored is not None:
-                store.write_image(Path(task.run), name, task.start, stored)
-        # A driver that died before it noted the block learns the number of rows from the part.
-        meta = {"fingerprint": dict(task.keys)["process"], "rows": len(rows["y"]), "device": images.device}
-        write_part(task.part("process"), _prefixed(frames, rows), meta)
-    return record(clock, rows=len(rows["y"]), device=images.device)
+        _keep_images(task, images, measured)
+        # A driver that died before it noted the block learns the numbers of rows from the part.
+        meta = {"fingerprint": dict(task.keys)["process"], **rows, "device": images.device}
+        arrays = {f"{table}.{name}": values for table, found in tables.items() for name, values in found.items()}
+        write_part(task.part("process"), arrays, meta)
+    return record(clock, **rows, device=images.device)
 
 
-def classes_of(task: Task) -> tuple[str, ...]:
-    """Names along ``species_class``."""
-    return species.assign_species(0, only=task.settings.species.only).classes
+def _joined(tables: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Rows of frames one after the other."""
+    return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
 
 
-def _prefixed(frames: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {**{f"frames.{k}": v for k, v in frames.items()}, **{f"columns.{k}": v for k, v in rows.items()}}
-
-
-def _columns_of_frame(movie: Movie, images: inference.Images, row: int, clock: Clock) -> dict[str, np.ndarray]:
-    """The rows of ``/columns`` of one frame, positions in Å in the specimen frame."""
-    options, sampling = movie.settings.columns, movie.stack.sampling
-    index = images.first + row
-    if not images.good[row] or images.probability is None or movie.model is None or movie.drift_px is None:
-        return _table({}, np.zeros(0), index, movie)
-    with clock("columns"):
-        peaks = columns.find_columns(
-            images.probability[row], threshold=options.threshold, min_distance=options.min_distance / sampling
-        )
-        found = columns.refine(
-            images.electrons[row], images.denoised[row], peaks.y, peaks.x, polarity=images.polarity,
-            width=options.width / sampling, fit_width=options.fit_width,
-            readout_variance=movie.model.readout_variance, share=options.share,
-        )  # fmt: skip
-        keep = columns.reported(
-            found, shape=images.electrons.shape[1:], margin=options.margin / sampling,
-            min_significance=options.min_significance, min_distance=options.min_distance / sampling,
-        )  # fmt: skip
-        return _table({k: v[keep] for k, v in found.items()}, peaks.probability[keep], index, movie)
-
-
-def _table(found: Mapping[str, np.ndarray], probability: np.ndarray, index: int, movie: Movie) -> dict[str, np.ndarray]:
-    sampling, count = movie.stack.sampling, len(probability)
-    origin = movie.stack.origin
-    path = np.zeros(2) if movie.drift_px is None else movie.drift_px[index]
-    named = species.assign_species(count, only=movie.settings.species.only)
-    empty, displacement = np.zeros(0), movie.settings.columns.displacement
-    table = {
-        "frame": np.full(count, index, dtype=np.int32),
-        "y": origin[0] + (found.get("y", empty) - path[0]) * sampling,
-        "x": origin[1] + (found.get("x", empty) - path[1]) * sampling,
-        "y_err": np.hypot(found.get("y_err", empty) * sampling, displacement),
-        "x_err": np.hypot(found.get("x_err", empty) * sampling, displacement),
-        **{name: found.get(name, empty) for name in ("intensity", "intensity_err", "background", "significance")},
-        "probability": probability,
-        "species": named.name,
-        "species_probability": named.probability,
-    }
-    # Rows run down the frame, then across: an order that no cut and no device can change.
-    order = np.lexsort((table["x"], table["y"]))
-    return {name: np.asarray(values)[order] for name, values in table.items()}
-
-
-def _frame_rows(movie: Movie, images: inference.Images, counts: list[int]) -> dict[str, np.ndarray]:
-    """The rows of ``/frames`` of a block, drift in Å."""
-    rows = slice(images.first, images.first + len(counts))
-    stack, model = movie.stack, movie.model
-    if movie.drift_px is None or movie.drift_err is None or model is None:
-        raise RuntimeError("the movie was opened before its drift was solved")
-    good = images.good
-    # A frame whose estimate is not finite would be an empty frame that looks measured.
-    failed = good & ~np.isfinite(images.denoised).all((1, 2))
-    path, error = movie.drift_px[rows] * stack.sampling, movie.drift_err[rows] * stack.sampling
-    mean = images.electrons.mean((1, 2), dtype=np.float64)
-    snr = images.denoised.std((1, 2), dtype=np.float64) / np.sqrt(np.maximum(mean + model.readout_variance, 1e-12))
-    dose = mean / stack.sampling**2 if model.calibrated else np.full(len(mean), np.nan)
-    statistics = detector.frame_statistics(
-        images.counts, saturation=saturation_of(stack, movie.settings)
-    )["saturated_fraction"]  # fmt: skip
-    return {
-        "status": np.where(good, np.where(failed, STATUS["failed"], STATUS["measured"]), STATUS["dropped"]).astype(
-            "i1"
-        ),
-        "reason": np.where(failed, "the denoised frame is not finite", images.reasons),
-        "drift_y": path[:, 0],
-        "drift_x": path[:, 1],
-        "drift_y_err": error[:, 0],
-        "drift_x_err": error[:, 1],
-        "column_count": np.asarray(counts, dtype=np.int32),
-        "mean_electrons": np.where(good, mean, np.nan),
-        "dose": np.where(good, dose, np.nan),
-        "snr": np.where(good, snr, np.nan),
-        "saturated_fraction": statistics,
-        "denoiser": np.full(len(good), images.denoiser),
-        "device": np.full(len(good), images.device),
-    }
+def _keep_images(task: Task, images: inference.Images, measured: Sequence[measure.Measured]) -> None:
+    """Write those images of the block that are to be kept; where there are none, they stay what is not computed."""
+    for name in task.settings.images.save:
+        stored = {"denoised": images.denoised, "probability": images.probability}.get(name)
+        if name == "labels":
+            empty = np.zeros(images.denoised.shape[1:], np.int32)
+            stored = np.stack([empty if one.labels is None else one.labels for one in measured])
+        if stored is not None:
+            write_image(Path(task.run), name, task.start, stored)

@@ -200,6 +200,7 @@ def _tell(outcomes: list[Any]) -> int:
     for outcome in outcomes:
         if outcome.status == "complete":
             text = f"{outcome.movie}: {outcome.frames} frames, {outcome.columns} columns"
+            text += f", {outcome.particles} particles" if outcome.particles else ""
             text += f", {outcome.dropped} frames flagged" if outcome.dropped else ""
             text += f", {outcome.seconds:.1f} s -> {outcome.path}"
         else:

@@ -10,11 +10,16 @@ from typing import Any
 import numpy as np
 
 from pipeline import inference, store
+from pipeline.images import write_examples as put_examples
 from pipeline.movie import Clock, Task, open_movie, record
 from pipeline.parts import read_part
 from schemas.columns import COLUMNS
+from schemas.conventions import INTERPRETABLE, STATUS
 from schemas.frames import FRAMES
+from schemas.particles import PARTICLES
 from schemas.variables import Schema
+
+TABLES: Mapping[str, Schema] = {"frames": FRAMES, "columns": COLUMNS, "particles": PARTICLES}
 
 EXAMPLE_EDGE = 512  # pixels of an example that the report shows
 
@@ -40,18 +45,17 @@ class ShardOfRows:
     pieces: tuple[Piece, ...]
 
 
-def shards(task: Task, schema: Schema, pieces: Sequence[Piece]) -> list[ShardOfRows]:
-    """Cut a table into the shards that tasks own."""
+def shards(task: Task, table: str, pieces: Sequence[Piece]) -> list[ShardOfRows]:
+    """Cut a table, one of ``TABLES``, into the shards that tasks own."""
     total = pieces[-1].first_row + pieces[-1].rows if pieces else 0
-    size = store.shard_rows(schema)
+    size = store.shard_rows(TABLES[table])
     firsts = np.array([piece.first_row for piece in pieces])
     ends = firsts + np.array([piece.rows for piece in pieces])
     found = []
     for start in range(0, total, size):
         stop = min(start + size, total)
         inside = np.flatnonzero((ends > start) & (firsts < stop))
-        name = "frames" if schema is FRAMES else "columns"
-        found.append(ShardOfRows(task, name, start, stop, tuple(pieces[int(i)] for i in inside)))
+        found.append(ShardOfRows(task, table, start, stop, tuple(pieces[int(i)] for i in inside)))
     return found
 
 
@@ -64,7 +68,7 @@ def prefix_sum(blocks: Sequence[tuple[int, int]], rows: Sequence[int]) -> list[P
 def write_shard(shard: ShardOfRows) -> Mapping[str, Any]:
     """Gather the rows of one shard from the part files and write them."""
     clock = Clock()
-    schema = FRAMES if shard.table == "frames" else COLUMNS
+    schema = TABLES[shard.table]
     gathered: dict[str, list[np.ndarray]] = {}
     with clock("collect"):
         for piece in shard.pieces:
@@ -76,8 +80,23 @@ def write_shard(shard: ShardOfRows) -> Mapping[str, Any]:
                     text = values.astype(object) if variable.dtype == "string" else values.astype(variable.dtype)
                     gathered.setdefault(variable.name, []).append(text)
         table = {name: np.concatenate(values) for name, values in gathered.items()}
+        if "fourier_ratio" in table:
+            table["interpretable"] = interpretable(table, threshold=shard.task.settings.fourier.threshold)
         store.write_rows(Path(shard.task.run), schema, shard.start, table)
     return record(clock, rows=shard.stop - shard.start)
+
+
+def interpretable(table: Mapping[str, np.ndarray], *, threshold: float) -> np.ndarray:
+    """Whether rows of frames or particles can be interpreted, by their ``fourier_ratio``; −1 in frames not measured.
+
+    Decided here and not with the pixels, so that another threshold computes nothing again.
+    """
+    with np.errstate(invalid="ignore"):
+        seen = np.asarray(table["fourier_ratio"], dtype=np.float64) <= threshold
+    found = np.where(seen, INTERPRETABLE["yes"], INTERPRETABLE["no"])
+    if "status" in table:
+        found = np.where(table["status"] == STATUS["measured"], found, -1)
+    return found.astype(np.int8)
 
 
 def write_examples(task: Task) -> Mapping[str, Any]:
@@ -98,7 +117,7 @@ def write_examples(task: Task) -> Mapping[str, Any]:
         images["probability"].append((empty if found.probability is None else found.probability)[crop])
     if count:
         sampling, origin = movie.stack.sampling, movie.stack.origin
-        store.write_examples(
+        put_examples(
             Path(task.run), chosen, {name: np.concatenate(values) for name, values in images.items()},
             sampling=sampling, origin=(origin[0] + top * sampling, origin[1] + left * sampling),
         )  # fmt: skip

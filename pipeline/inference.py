@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
+from pipeline.models import finds_particles, network
 from pipeline.movie import Clock, Movie, device_text, saturation_of
-from pipeline.networks.weights import Loaded, load_weights
+from pipeline.networks.weights import Loaded
 from pipeline.steps import denoise, detector, segment
 from pipeline.steps.lowpass import lowpass
 
@@ -35,13 +35,6 @@ class Images:
     polarity: int
     denoiser: str
     device: str
-
-
-@functools.lru_cache(maxsize=4)
-def network(path: str, device: str) -> Loaded:
-    """A network ready for inference on a device, loaded once per process."""
-    loaded = load_weights(path)
-    return loaded._replace(module=loaded.module.to(device))
 
 
 def denoiser_of(movie: Movie) -> tuple[Loaded | None, str]:
@@ -147,6 +140,19 @@ def infer(movie: Movie, frames: range, clock: Clock) -> Images:
         good=good, reasons=_reasons(movie, counts, frames, good), polarity=ballot["polarity"], denoiser=name,
         device=device_text(movie.task.device, number_format(movie), movie.task.halvings),
     )  # fmt: skip
+
+
+def particle_probability(movie: Movie, smooth: np.ndarray) -> np.ndarray | None:
+    """Probability (y, x) that a pixel of a denoised frame (y, x) belongs to a particle; None where none are sought."""
+    if not finds_particles(movie.settings, movie.stack.sampling):
+        return None
+    options = movie.settings.particles
+    loaded = network(str(options.model), movie.task.device)
+    found = segment.particle_probability(
+        loaded.module, smooth[None], sampling=movie.stack.sampling, model_sampling=float(loaded.metadata["sampling"]),
+        window=options.window, halo=options.halo, batch=SEGMENT_BATCH, device=movie.task.device,
+    )  # fmt: skip
+    return np.asarray(found[0])
 
 
 def _reasons(movie: Movie, counts: np.ndarray, frames: range, good: np.ndarray) -> np.ndarray:

@@ -58,6 +58,7 @@ class Outcome:
     dropped: int = 0
     reason: str = ""
     seconds: float = 0.0
+    particles: int = 0
 
 
 @dataclass

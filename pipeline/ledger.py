@@ -210,7 +210,7 @@ class Ledger:
     folder: Path
     lease: Lease | None = None
     _known: dict[Block, tuple[str, str, str]] = field(default_factory=dict)
-    _rows: dict[Block, int] = field(default_factory=dict)
+    _rows: dict[Block, dict[str, int]] = field(default_factory=dict)
     _deps: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
     _pending: list[dict[str, Any]] = field(default_factory=list)
     _flushed: float = field(default_factory=time.monotonic)
@@ -226,7 +226,8 @@ class Ledger:
         if record["kind"] == "block":
             key = (record["step"], record["start"], record["stop"])
             self._known[key] = (record["fingerprint"], record["status"], record.get("reason", ""))
-            self._rows[key] = int(record.get("rows", 0))
+            counted = {"columns": record.get("rows", 0), "particles": record.get("particles", 0)}
+            self._rows[key] = {table: int(rows) for table, rows in counted.items()}
         elif record["kind"] == "redo":
             for key in [key for key in self._known if key[0] in record["steps"]]:
                 del self._known[key]
@@ -237,9 +238,9 @@ class Ledger:
         """(fingerprint, status, reason) of the newest record of a block, or None."""
         return self._known.get((step, start, stop))
 
-    def rows(self, step: str, start: int, stop: int) -> int:
-        """Rows of the block's table when it was last finished."""
-        return self._rows[(step, start, stop)]
+    def rows(self, step: str, start: int, stop: int, table: str = "columns") -> int:
+        """Rows of the block's table, columns or particles, when it was last finished."""
+        return self._rows[(step, start, stop)][table]
 
     def is_done(self, step: str, start: int, stop: int, fingerprint: str) -> bool:
         """Whether the block was finished with this fingerprint."""

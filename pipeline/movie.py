@@ -83,7 +83,10 @@ def device_text(device: str, dtype: str, halvings: int) -> str:
 
 @dataclass(frozen=True)
 class Movie:
-    """An opened movie. Fields of steps that have not run yet are None."""
+    """An opened movie. Fields of steps that have not run yet are None.
+
+    drift_px and drift_err (time, 2) [px]; offsets (time, defocus, 2) [px] of the planes of a focal series.
+    """
 
     task: Task
     stack: store.Stack
@@ -93,6 +96,7 @@ class Movie:
     drift_px: np.ndarray | None = None
     drift_err: np.ndarray | None = None
     good: np.ndarray | None = None
+    offsets: np.ndarray | None = None
     dark: np.ndarray | None = None
     gain: np.ndarray | None = None
 
@@ -114,6 +118,10 @@ class Movie:
             raise RuntimeError("the movie was opened before it was calibrated")
         corrected = detector.correct(counts, dark=self.dark, gain=self.gain, bad=self.bad)
         return noise.to_electrons(corrected, self.model)
+
+    def planes(self, frame: int) -> np.ndarray:
+        """All planes of one frame in electrons, (defocus, y, x) float32, each on its own grid."""
+        return self.electrons(self.stack.read(frame, frame + 1, plane=slice(None))[0])
 
     def links(self, start: int, stop: int) -> denoise.FrameLinks:
         """How frames [start, stop) follow each other: whole-pixel drift, good frames, gaps in time."""
@@ -147,7 +155,10 @@ def _open(task: Task, present: tuple[bool, bool]) -> Movie:
         movie = replace(movie, bad=bad, model=noise.NoiseModel(**meta["noise"]), level=denoise.Level(*meta["level"]))
     if present[1]:
         arrays, _ = task.answer("drift")
-        movie = replace(movie, drift_px=arrays["drift"], drift_err=arrays["error"], good=arrays["good"])
+        movie = replace(
+            movie, drift_px=arrays["drift"], drift_err=arrays["error"], good=arrays["good"],
+            offsets=arrays.get("offsets"),
+        )  # fmt: skip
     return movie
 
 

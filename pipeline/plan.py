@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.ledger import Ledger
-from pipeline.networks.weights import load_weights, resolve
+from pipeline.measure import SPECTRUM_EDGE
+from pipeline.models import TRAINED_HERE, hashes, network
 from pipeline.parts import part_path, read_meta
 from pipeline.steps.denoise import frame_runs
 from schemas.errors import ResourceError, SettingsError
@@ -29,17 +30,20 @@ from schemas.settings import Settings
 STEPS: Mapping[str, tuple[int, str | None, tuple[str, ...]]] = {
     "calibrate": (1, None, ("detector", "source.defocus_plane", *(
         f"drift.{name}" for name in ("correct", "band", "taper", "change", "limit")))),
-    "survey": (1, "calibrate", ("drift.lags", "drift.candidates", "drift.max_shift")),
+    "survey": (1, "calibrate", ("drift.lags", "drift.candidates", "drift.max_shift", "drift.defocus_shift")),
     "drift": (1, "survey", ("drift.max_motion", "drift.cauchy")),
     "adapt": (1, "drift", ("denoise",)),
     "vote": (1, "adapt", ("segment.model", "segment.contrast", "source.mode", "lowpass")),
-    "process": (1, "vote", ("segment", "columns", "species", "images.save")),
-    "collect": (1, "process", ("images.examples",)),
+    "process": (2, "vote", (
+        "segment", "columns", "particles", "fourier.band", "fourier.significance", "species", "images.save")),
+    "collect": (2, "process", ("images.examples", "fourier.threshold")),
 }  # fmt: skip
 # What each step reads of the movie's calibration: recalibration redoes nothing that was computed in pixels.
 CALIBRATION = {
-    "calibrate": ("counts_per_electron",), "adapt": ("gaps",), "vote": ("sampling",), "collect": ("time", "energy"),
+    "calibrate": ("counts_per_electron",), "survey": ("planes",), "adapt": ("gaps",), "vote": ("sampling",),
+    "collect": ("time", "energy", "defocus"),
 }  # fmt: skip
+WEIGHTS = {"adapt": ("adapt",), "vote": ("vote",), "process": ("particles", "species")}
 BLOCK_PIXELS = 2**23
 BLOCK_FRAMES = (4, 16)
 
@@ -69,25 +73,6 @@ def digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def weights_hash(name_or_path: str) -> str:
-    """SHA-256 of a weights file."""
-    return hashlib.sha256(resolve(name_or_path).read_bytes()).hexdigest()
-
-
-def models(settings: Settings) -> dict[str, str]:
-    """Hashes of the weights that the steps load, by step."""
-    found = {}
-    denoise = settings.denoise
-    if denoise.network == "blindspot":
-        # Training from scratch takes the architecture, hence the file, from the shipped weights too.
-        shipped = denoise.weights in ("pretrained", "adapt", "scratch")
-        found["adapt"] = weights_hash("denoise" if shipped else denoise.weights)
-    elif denoise.network == "wcvd" and denoise.weights not in ("pretrained", "adapt", "scratch"):
-        found["adapt"] = weights_hash(denoise.weights)
-    found["vote"] = weights_hash(settings.segment.model)
-    return found
-
-
 def maps(settings: Settings) -> dict[str, str]:
     """Hashes of the detector's reference images, by setting: the path alone does not say what they hold."""
     found = {}
@@ -102,15 +87,18 @@ def maps(settings: Settings) -> dict[str, str]:
 
 
 def calibration(
-    settings: Settings, *, sampling: float, time: Sequence[float], energy: float | None, counts_per_electron: Any
-) -> dict[str, Any]:
+    settings: Settings, *, sampling: float, time: Sequence[float], energy: float | None, counts_per_electron: Any,
+    defocus: Sequence[float] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What a stack says of its axes and its detector, as far as results depend on it.
 
-    ``sampling`` [Å/px], ``time`` [s], ``energy`` [keV]. Gaps are counted in median intervals: a frame interval that is
-    stated anew does not move them.
+    ``sampling`` [Å/px], ``time`` [s], ``energy`` [keV], ``defocus`` [Å] of a focal series. Gaps are counted in median
+    intervals: a frame interval that is stated anew does not move them.
     """
     stamps = np.asarray(time, dtype=float) - time[0]
+    planes = {} if defocus is None else {"planes": len(defocus), "defocus": [float(value) for value in defocus]}
     return {
+        **planes,
         "sampling": float(sampling),
         "time": digest(stamps.tolist()),
         "energy": energy,
@@ -125,14 +113,14 @@ def dependencies(settings: Settings, content: str, facts: Mapping[str, Any]) -> 
     ``content`` is the hash of the stack's pixels, ``facts`` its ``calibration``.
     """
     flat = flatten(settings.model_dump(mode="json"))
-    loaded = models(settings)
+    loaded = hashes(settings)
     references = maps(settings)
     found: dict[str, dict[str, Any]] = {}
     for step, (version, before, sections) in STEPS.items():
         mine = {k: v for k, v in flat.items() if any(k == s or k.startswith(s + ".") for s in sections)}
         inherited = found[before] if before else {"source.content": content}
-        weights = {f"{step}.weights": loaded[step]} if step in loaded else {}
-        stated = {f"stack.{name}": facts[name] for name in CALIBRATION.get(step, ())}
+        weights = {f"{name}.weights": loaded[name] for name in WEIGHTS.get(step, ()) if name in loaded}
+        stated = {f"stack.{name}": facts[name] for name in CALIBRATION.get(step, ()) if name in facts}
         stated |= references if step == "calibrate" else {}
         found[step] = {**inherited, **mine, **stated, **weights, f"{step}.version": version}
     return found
@@ -214,6 +202,8 @@ def _reason(ledger: Ledger, step: str, deps: Mapping[str, Any], key: str, total:
 
 BASE_MEMORY = 0.7e9  # bytes of a worker that has imported torch, zarr and dask and loaded both networks
 SAMPLE_PIXELS = 2**26  # most pixels of a sample of frames: what keeps it in memory whatever the frame size
+REGION_BYTES = 64  # per pixel of a frame whose particles are labelled and measured
+SPECTRUM_BYTES = 140  # per pixel of what is Fourier transformed: the box of a particle, or the middle of a frame
 FITTING_MEMORY = 0.25e9  # bytes that the fit of the noise takes at most beside its frames
 
 
@@ -227,40 +217,50 @@ class Costs:
     task_memory: float
 
 
-def predict_memory(settings: Settings, shape: tuple[int, int, int], itemsize: int, size: int, halo: int) -> float:
+def predict_memory(
+    settings: Settings, shape: tuple[int, int, int], itemsize: int, size: int, halo: int, planes: int = 1
+) -> float:
     """Peak memory of the largest task [bytes], from shapes alone.
 
-    A process task holds size + 2·halo frames as counts and as electrons, size denoised frames and probabilities, and
-    the activations of one tile of the denoiser and one window of the segmentation network; a survey task holds
-    size + max lag frames and their spectra; calibration a sample of frames as counts, corrected and in electrons; an
-    ingest task a shard as read, as cut and as compressed. Checked against measured peaks of 256² to 2048² pixels.
+    A process task holds size + 2·halo frames as counts and as electrons, size denoised frames, probabilities and labels
+    to keep, and one after the other the activations of one tile or window of a network, what measuring the particles
+    and the spectrum of one frame takes, and the planes of one frame of a focal series; a survey task holds size + max
+    lag frames and their spectra; calibration a sample of frames as counts, corrected and in electrons; an ingest task a
+    shard as read, as cut and as compressed. Checked against measured peaks of 256² to 2048² pixels.
     """
     pixels = shape[1] * shape[2]
     with_halo = min(shape[0], size + 2 * halo)
-    images = 2 if settings.images.save else 1
-    process = pixels * (with_halo * (itemsize + 8) + size * 4 * (1 + images) + 10 * 4)
+    images = (2 if settings.images.save else 1) + ("labels" in settings.images.save)
+    held = pixels * (with_halo * (itemsize + 8) + size * 4 * (1 + images) + 10 * 4)
     tile = min(pixels, (settings.denoise.tile or math.inf) ** 2)
-    window = min(pixels * 1.0, (settings.segment.window or math.inf) ** 2)
-    activations = max(tile * 4 * 48, window * 4 * 48)
+    windows = [settings.segment.window]
+    windows += [settings.particles.window] if settings.particles.model is not None else []
+    windows += [settings.species.window] if settings.species.model is not None else []
+    activations = max(tile, *(min(pixels * 1.0, (window or math.inf) ** 2) for window in windows)) * 4 * 48
+    series = planes * pixels * (itemsize + 24) + pixels * 64 if planes > 1 else 0
+    spectrum = pixels if settings.particles.model is not None else min(pixels, SPECTRUM_EDGE**2)
+    regions = pixels * REGION_BYTES if settings.particles.model is not None else 0
+    process = held + max(activations, regions, spectrum * SPECTRUM_BYTES, series)
     pairs = min(shape[0], size + max(settings.drift.lags))
-    survey = pixels * (pairs * (itemsize + 4 + 8) + 12 * 8)
+    survey = pixels * (pairs * (itemsize + 4 + 8) + 12 * 8) + series
     sample = min(shape[0] * pixels, settings.detector.sample_frames * pixels, max(SAMPLE_PIXELS, 8 * pixels))
-    ingest = 3 * min(shape[0] * pixels * itemsize, settings.stacks.shard_megabytes * 2**20)
+    ingest = 3 * min(shape[0] * planes * pixels * itemsize, settings.stacks.shard_megabytes * 2**20)
     calibrate = sample * (itemsize + 8) + min(sample * 30, FITTING_MEMORY)
-    return BASE_MEMORY + max(process + activations, survey, calibrate, ingest)
+    return BASE_MEMORY + max(process, survey, calibrate, ingest)
 
 
 def predict_costs(
-    settings: Settings, shape: tuple[int, int, int], itemsize: int, *, size: int, halo: int, shard_frames: int
-) -> Costs:
+    settings: Settings, shape: tuple[int, int, int], itemsize: int, *, size: int, halo: int, shard_frames: int,
+    planes: int = 1,
+) -> Costs:  # fmt: skip
     """Disk and memory of one movie; column tables are estimated at one column per 120 pixels of 0.2 Å."""
     pixels = shape[0] * shape[1] * shape[2]
     images = len(settings.images.save) * pixels * 4 * 4 // 3
     columns = pixels // 600 * 80
     count = math.ceil(shape[0] / size)
     files = math.ceil(shape[0] / shard_frames) + 2 * count + 60 + len(settings.images.save) * count * 4
-    memory = predict_memory(settings, shape, itemsize, size, halo)
-    return Costs(pixels * itemsize, images + columns * 2, files, memory)
+    memory = predict_memory(settings, shape, itemsize, size, halo, planes)
+    return Costs(pixels * itemsize * planes, images + columns * 2, files, memory)
 
 
 def require_memory(predicted: float, available: float) -> None:
@@ -279,6 +279,5 @@ def denoiser_halo(settings: Settings) -> int:
     if settings.denoise.network == "wcvd":
         return 1
     named = settings.denoise.weights
-    shipped = named in ("adapt", "pretrained", "scratch")
-    network: Any = load_weights("denoise" if shipped else named).module
-    return max(abs(k) for k in network.offsets)
+    denoiser: Any = network("denoise" if named in TRAINED_HERE else named, "cpu").module
+    return max(abs(k) for k in denoiser.offsets)

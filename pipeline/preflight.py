@@ -14,7 +14,7 @@ from distributed import Client
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import plan, store
+from pipeline import models, plan, store
 from pipeline.ingest.describe import Description, describe
 from pipeline.ingest.to_stack import (
     Cut,
@@ -49,15 +49,18 @@ def problems_of(job: Job) -> tuple[list[str], list[str]]:
     facts += [f"ignored: {path}: {reason}" for path, reason in ignored]
     for movie in movies:
         try:
-            plan.models(movie.settings)
+            models.hashes(movie.settings)
             plan.maps(movie.settings)
-            _require_halo(movie.settings)
+            models.require_halo(movie.settings)
             if movie.files.reader == "stack":
                 stack = open_ingested(movie.files.paths[0], movie.settings.source)
+                models.require_species(movie.settings, planes=stack.planes, sampling=stack.sampling)
                 facts.append(f"{movie.name}: stack {stack.shape}, {stack.sampling:g} Å/px")
                 continue
             description = describe(movie.files, overrides_of(movie.settings))
-            plan_cut(description, movie.settings.source)
+            cut = plan_cut(description, movie.settings.source)
+            planes = len(description.defocus) if description.defocus else 1
+            models.require_species(movie.settings, planes=planes, sampling=description.sampling * cut.binning)
             facts.append(_fact(description))
         except ColonnadeError as error:
             problems.append(f"{movie.name}: {error}")
@@ -65,22 +68,6 @@ def problems_of(job: Job) -> tuple[list[str], list[str]]:
     if not _writable(nearest):
         problems.append(f"output {job.output} cannot be written; choose another folder")
     return problems, facts
-
-
-def _require_halo(settings: Settings) -> None:
-    """Refuse windows that would show seams: the halo must hold all that a pixel's answer depends on."""
-    radius = int(getattr(load_weights(settings.segment.model).module, "receptive_radius", 0))
-    window, halo = settings.segment.window, settings.segment.halo
-    if halo is not None and halo < radius:
-        raise SettingsError(
-            f"segment.halo is {halo} px; the network of segment.model looks {radius} px around a pixel: set "
-            "segment.halo to at least that"
-        )
-    if window is not None and window <= 2 * (halo or radius):
-        raise SettingsError(
-            f"segment.window is {window} px; expected more than two halos of {halo or radius} px: set segment.window "
-            f"to at least {4 * (halo or radius)}, or to none"
-        )
 
 
 def _fact(description: Description) -> str:
@@ -123,9 +110,12 @@ def _print_movie(
 ) -> tuple[float, float]:
     settings = movie.settings
     shape, itemsize, content, facts, why = _stack_facts(job, movie)
+    planes = int(facts.get("planes", 1))
     size, halo = plan.block_frames(settings, shape), plan.denoiser_halo(settings)
     layout = stack_layout(shape, f"u{itemsize}", shard_megabytes=settings.stacks.shard_megabytes)
-    costs = plan.predict_costs(settings, shape, itemsize, size=size, halo=halo, shard_frames=layout.shard_frames)
+    costs = plan.predict_costs(
+        settings, shape, itemsize, size=size, halo=halo, shard_frames=layout.shard_frames, planes=planes
+    )
     ledger = Ledger(job.output / "ledger" / movie.name)
     deps = plan.dependencies(settings, content, facts)
     lines = plan.plan_movie(ledger, job.output / "parts" / movie.name, frames=shape[0], size=size, deps=deps)
@@ -161,6 +151,7 @@ def _stack_facts(job: Job, movie: PlannedMovie) -> tuple[tuple[int, int, int], i
     facts = plan.calibration(
         movie.settings, sampling=description.sampling * cut.binning, energy=description.energy,
         time=list(description.time[cut.frames[0] : cut.frames[1]]), counts_per_electron=description.counts_per_electron,
+        defocus=description.defocus,
     )  # fmt: skip
     return cut.shape, binned_dtype(description.dtype, cut.binning).itemsize, content, facts, reason
 

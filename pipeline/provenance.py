@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import store
+from pipeline.models import finds_particles, particle_range
 from pipeline.movie import Task
 from pipeline.parts import read_meta
 from schemas.settings import Settings
 
 
-def describe_run(task: Task, stack: store.Stack, *, movie: str, output: Path, weights: str) -> dict[str, Any]:
-    """The run's own attributes; ``weights`` is the hash of the segmentation network."""
+def describe_run(
+    task: Task, stack: store.Stack, *, movie: str, output: Path, weights: Mapping[str, str]
+) -> dict[str, Any]:
+    """The run's own attributes; ``weights`` holds the hashes of the networks that the settings name."""
     keys = dict(task.keys)
     steps = ("calibrate", "drift", "adapt", "vote")
     found = {step: read_meta(task.part(step, 0, task.frames)) or {} for step in steps}
@@ -31,7 +34,7 @@ def describe_run(task: Task, stack: store.Stack, *, movie: str, output: Path, we
         "sampling": stack.sampling,
         "energy": stack.attributes.get("energy"),
         "stack": str(stack.path.relative_to(output)) if inside else str(stack.path),
-        "models": {"denoise": found["adapt"], "segment": {"name": task.settings.segment.model, "sha256": weights}},
+        "models": {"denoise": found["adapt"], **_models(task.settings, weights)},
         "prepare": {
             "noise": found["calibrate"].get("noise"),
             "bad_pixels": found["calibrate"].get("bad_pixels"),
@@ -43,6 +46,19 @@ def describe_run(task: Task, stack: store.Stack, *, movie: str, output: Path, we
     }
 
 
+def _models(settings: Settings, weights: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    named = {
+        "segment": settings.segment.model,
+        "particles": settings.particles.model,
+        "species": settings.species.model,
+    }
+    return {
+        use: {"name": name, "sha256": weights["vote" if use == "segment" else use]}
+        for use, name in named.items()
+        if name is not None
+    }
+
+
 def _notes(found: Mapping[str, Mapping[str, Any]], stack: store.Stack, settings: Settings) -> list[str]:
     """What a reader of the results should know before trusting them."""
     notes = []
@@ -51,9 +67,19 @@ def _notes(found: Mapping[str, Mapping[str, Any]], stack: store.Stack, settings:
         notes.append("counts are not calibrated: electrons are effective ones fitted to the noise; dose is left out")
     if found["vote"].get("usable") is False:
         notes.append(f"no columns were looked for: {stack.sampling:g} Å/px is outside of what the network resolves")
+    limits = particle_range(settings)
+    if limits is not None and not finds_particles(settings, stack.sampling):
+        notes.append(
+            f"no particles were looked for: {stack.sampling:g} Å/px is outside of what the network was trained for, "
+            f"{limits[0]:g} to {limits[1]:g} Å/px"
+        )
     if stack.defocus is not None:
         plane = settings.source.defocus_plane
-        notes.append(f"focal series: plane {plane} ({stack.defocus[plane]:g} Å) was processed (source.defocus_plane)")
+        notes.append(
+            f"focal series: columns and particles were looked for in plane {plane} ({stack.defocus[plane]:g} Å, "
+            "source.defocus_plane)"
+            + ("; the species model was given all planes, aligned" if settings.species.model is not None else "")
+        )
     adapted = found["adapt"].get("training") or {}
     if adapted.get("kept") == "initial":
         notes.append("adapting the denoiser to this movie did not help; the pretrained weights were used")

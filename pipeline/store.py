@@ -20,13 +20,14 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from pipeline.layout import LARGE_CHUNK, StackLayout, ome_metadata, plain_json, pyramid_levels
-from schemas.conventions import ANGSTROM, DIMENSIONLESS, SCHEMA_VERSION, SECOND
+from pipeline.layout import StackLayout, ome_metadata, plain_json
+from schemas.conventions import ANGSTROM, DIMENSIONLESS, SCHEMA_VERSION
 from schemas.errors import SchemaError, SettingsError, SourceError
 from schemas.stack import STACK
 from schemas.variables import Schema, Variable
 
 Array = zarr.Array[Any]
+Group = zarr.Group
 
 # Bit-shuffled Blosc halves counting data at some 400 MB/s; the trailing CRC is what detects a flipped bit.
 COMPRESSORS: tuple[dict[str, Any], ...] = (
@@ -44,14 +45,15 @@ def _typed_compressors(dtype: np.dtype[Any]) -> list[dict[str, Any]]:
     return [{"name": "blosc", "configuration": blosc}, COMPRESSORS[1]]
 
 
-def _create_array(
-    group: zarr.Group,
+def create_array(
+    group: Group,
     variable: Variable,
     shape: tuple[int, ...],
     *,
     chunks: tuple[int, ...],
     shards: tuple[int, ...] | None = None,
 ) -> Array:
+    """Create the array of a variable, of fill values, in place of an older one."""
     if variable.name in group:
         del group[variable.name]
     string = variable.dtype == "string"
@@ -71,17 +73,19 @@ def _create_array(
     )
 
 
-def _put(group: zarr.Group, variable: Variable, values: np.ndarray) -> None:
-    array = _create_array(group, variable, values.shape, chunks=values.shape)
+def put(group: Group, variable: Variable, values: np.ndarray) -> None:
+    """Create the array of a variable and write all of it."""
+    array = create_array(group, variable, values.shape, chunks=values.shape)
     if values.size:
         array[...] = values
 
 
-def _open_group(path: Path, mode: str) -> zarr.Group:
+def open_group(path: Path, mode: str) -> Group:
+    """The root of a store of ours."""
     return zarr.open_group(str(path), mode=cast(Any, mode), use_consolidated=False)
 
 
-def _write_region(array: Array, path: Path, start: int, values: np.ndarray) -> None:
+def write_region(array: Array, path: Path, start: int, values: np.ndarray) -> None:
     """Write rows [start, start + n) along axis 0; whole shards only.
 
     An old shard is removed first: zarr 3.1 would read it back even to overwrite all of it, and fail for ever on a
@@ -128,17 +132,17 @@ def create_stack(
     dims = ("time", "y", "x") if defocus is None else ("time", "defocus", "y", "x")
     group = zarr.create_group(str(path), zarr_format=3)
     counts = replace(STACK["counts"], dims=dims, dtype=str(np.dtype(dtype)), fill=0)
-    _create_array(group, counts, tuple(shape), chunks=layout.chunk, shards=layout.shard)
-    _put(group, STACK["time"], time)
+    create_array(group, counts, tuple(shape), chunks=layout.chunk, shards=layout.shard)
+    put(group, STACK["time"], time)
     for axis, size, start in (("y", shape[-2], origin[0]), ("x", shape[-1], origin[1])):
-        _put(group, STACK[axis], start + sampling * np.arange(size, dtype=float))
+        put(group, STACK[axis], start + sampling * np.arange(size, dtype=float))
     if defocus is not None:
-        _put(
+        put(
             group,
             Variable("defocus", ("defocus",), "float64", ANGSTROM, "defocus, positive: underfocus"),
             np.asarray(defocus, dtype=float),
         )
-    _put(group, STACK["frame_ok"], np.full(shape[0], -1, dtype="int8"))
+    put(group, STACK["frame_ok"], np.full(shape[0], -1, dtype="int8"))
     interval = float(time[1] - time[0]) if len(time) > 1 else 1.0
     middle = () if defocus is None else (1.0,)
     ome = ome_metadata(
@@ -169,13 +173,13 @@ def remove(path: Path) -> None:
 
 def write_frames(path: Path, start: int, frames: np.ndarray) -> None:
     """Write whole shards of counts from frame ``start`` on; anything else is refused."""
-    _write_region(cast(Array, _open_group(path, "r+")["counts"]), path / "counts", start, frames)
+    write_region(cast(Array, open_group(path, "r+")["counts"]), path / "counts", start, frames)
 
 
 def finish_stack(path: Path, *, frame_ok: np.ndarray, attributes: Mapping[str, Any]) -> None:
     """Declare a stack complete: which frames are good (time,), and what only reading all could tell."""
-    group = _open_group(path, "r+")
-    _put(group, STACK["frame_ok"], frame_ok.astype("int8"))
+    group = open_group(path, "r+")
+    put(group, STACK["frame_ok"], frame_ok.astype("int8"))
     state = cast(dict[str, Any], group.attrs["colonnade"])
     group.attrs["colonnade"] = plain_json({**state, **attributes, "state": "complete"})
 
@@ -202,8 +206,13 @@ class Stack:
         """(time, y, x) of one plane."""
         return (self.counts.shape[0], self.counts.shape[-2], self.counts.shape[-1])
 
-    def read(self, start: int, stop: int, *, plane: int = 0) -> np.ndarray:
-        """Frames [start, stop) as (time, y, x) in the detector's dtype."""
+    @property
+    def planes(self) -> int:
+        """Images per time point: 1, unless this is a focal series."""
+        return 1 if self.defocus is None else len(self.defocus)
+
+    def read(self, start: int, stop: int, *, plane: int | slice = 0) -> np.ndarray:
+        """Frames [start, stop) as (time, y, x) in the detector's dtype; (time, defocus, y, x) of a slice of planes."""
         size = (self.counts.shards or self.counts.chunks)[0]
         for shard in range(start // size, math.ceil(stop / size)):
             file = self.path / "counts" / "/".join(["c", str(shard), *("0" for _ in self.counts.shape[1:])])
@@ -211,7 +220,10 @@ class Stack:
             if not file.is_file() or not file.stat().st_size:
                 raise SourceError(f"{file} is missing or empty, though {self.path} is complete; {REMEDY}")
         try:
-            return np.asarray(self.counts[start:stop] if self.defocus is None else self.counts[start:stop, plane])
+            if self.defocus is not None:
+                return np.asarray(self.counts[start:stop, plane])
+            frames = np.asarray(self.counts[start:stop])
+            return frames[:, None][:, plane] if isinstance(plane, slice) else frames
         except (ValueError, RuntimeError, OSError) as error:
             raise SourceError(
                 f"{self.path}: frames {start} to {stop - 1} cannot be read ({type(error).__name__}: {error}); {REMEDY}"
@@ -238,7 +250,7 @@ def attributes_of(path: Path) -> dict[str, Any]:
         raise SchemaError(
             f"{path} is not a stack or run of Colonnade; expected a folder that ingest or run has written"
         )
-    state = cast(dict[str, Any], _open_group(path, "r").attrs["colonnade"])
+    state = cast(dict[str, Any], open_group(path, "r").attrs["colonnade"])
     if int(state.get("schema_version", 0)) > SCHEMA_VERSION:
         raise SchemaError(
             f"{path} has schema_version {state['schema_version']}; this version reads up to {SCHEMA_VERSION}: "
@@ -254,7 +266,7 @@ def open_stack(path: Path) -> Stack:
         raise SchemaError(
             f"{path} is a {state['kind']} in state {state['state']!r}; expected a complete stack: ingest it again"
         )
-    group = _open_group(path, "r")
+    group = open_group(path, "r")
 
     def values(name: str) -> np.ndarray:
         return np.asarray(cast(Array, group[name])[...])
@@ -281,14 +293,14 @@ def create_run(path: Path, attributes: Mapping[str, Any]) -> None:
     if path.exists() and any(entry.suffix != ".partial" for entry in path.iterdir()):
         require_replaceable(path, "run")
         attributes_of(path)
-        _open_group(path, "r+").attrs["colonnade"] = state
+        open_group(path, "r+").attrs["colonnade"] = state
     else:
         zarr.create_group(str(path), zarr_format=3, attributes={"colonnade": state})
 
 
 def update_run(path: Path, attributes: Mapping[str, Any]) -> None:
     """Change some of the run's own attributes, such as its state."""
-    group = _open_group(path, "r+")
+    group = open_group(path, "r+")
     group.attrs["colonnade"] = plain_json({**cast(dict[str, Any], group.attrs["colonnade"]), **attributes})
 
 
@@ -299,19 +311,23 @@ def create_table(
 
     ``sizes`` gives the lengths of further dimensions, ``coordinates`` values that are known from the start.
     """
-    group = _open_group(path, "r+").require_group(schema.group.strip("/"))
+    group = open_group(path, "r+").require_group(schema.group.strip("/"))
     known = {name: np.asarray(values) for name, values in coordinates.items()}
     for variable in schema.variables:
+        if variable.optional and not set(variable.dims) <= {schema.row, *sizes}:
+            if variable.name in group:
+                del group[variable.name]
+            continue
         if variable.name in known:
-            _put(group, variable, known.pop(variable.name))
+            put(group, variable, known.pop(variable.name))
             continue
         rest = tuple(sizes[dim] for dim in variable.dims[1:])
         chunk = min(max(rows, 1), ROWS_PER_CHUNK)
         shard = chunk * min(math.ceil(max(rows, 1) / chunk), shard_rows(schema) // ROWS_PER_CHUNK)
-        _create_array(group, variable, (rows, *rest), chunks=(chunk, *rest), shards=(shard, *rest))
+        create_array(group, variable, (rows, *rest), chunks=(chunk, *rest), shards=(shard, *rest))
     for name, data in known.items():
         kind = "string" if data.dtype.kind in "UO" else str(data.dtype)
-        _put(group, Variable(name, (name,), kind, DIMENSIONLESS, name.replace("_", " ")), data)
+        put(group, Variable(name, (name,), kind, DIMENSIONLESS, name.replace("_", " ")), data)
 
 
 def shard_rows(schema: Schema) -> int:
@@ -321,8 +337,8 @@ def shard_rows(schema: Schema) -> int:
 
 def write_rows(path: Path, schema: Schema, start: int, values: Mapping[str, np.ndarray]) -> None:
     """Write whole shards of a table's variables, all but those known from the start, from row ``start`` on."""
-    group = cast(zarr.Group, _open_group(path, "r+")[schema.group.strip("/")])
-    wanted = {variable.name for variable in schema.variables if variable.dims != (variable.name,)}
+    group = cast(zarr.Group, open_group(path, "r+")[schema.group.strip("/")])
+    wanted = {v.name for v in schema.variables if v.dims != (v.name,) and (not v.optional or v.name in group)}
     lengths = {name: len(data) for name, data in values.items()}
     if set(values) - {schema.row} != wanted or len(set(lengths.values())) > 1:
         raise ValueError(
@@ -332,67 +348,4 @@ def write_rows(path: Path, schema: Schema, start: int, values: Mapping[str, np.n
         array = cast(Array, group[variable.name])
         folder = path / schema.group.strip("/") / variable.name
         data = values[variable.name]
-        _write_region(array, folder, start, data if variable.dtype == "string" else data.astype(variable.dtype))
-
-
-def remove_images(path: Path) -> None:
-    """Remove ``/images`` of a run, if there are any."""
-    remove(path / "images")
-
-
-def create_image(
-    path: Path, name: str, *, time: np.ndarray, shape: tuple[int, int, int], sampling: float,
-    origin: tuple[float, float], block_frames: int, units: str, meaning: str,
-) -> None:  # fmt: skip
-    """Create ``/images/<name>``: an OME-Zarr 0.5 pyramid of sibling groups s0, s1, … whose shards are blocks.
-
-    ``shape`` is (time, y, x); ``sampling`` [Å/px]; ``origin`` (y, x) [Å] of the first pixel's centre.
-    """
-    images = _open_group(path, "r+").require_group("images")
-    if name in images:
-        del images[name]
-    parent = images.create_group(name)
-    frames, height, width = shape
-    interval = float(time[1] - time[0]) if len(time) > 1 else 1.0
-    datasets = []
-    for level in range(pyramid_levels(height, width)):
-        scale, size = sampling * 2**level, (height >> level, width >> level)
-        start = tuple(o + (2**level - 1) * sampling / 2 for o in origin)
-        group = parent.create_group(f"s{level}")
-        variable = Variable(name, ("time", "y", "x"), "float32", units, meaning)
-        edges = tuple(min(s, LARGE_CHUNK) for s in size)
-        shard = tuple(e * math.ceil(s / e) for e, s in zip(edges, size, strict=True))
-        _create_array(group, variable, (frames, *size), chunks=(1, *edges), shards=(block_frames, *shard))
-        _put(group, Variable("time", ("time",), "float64", SECOND, "time stamp of the frame since the first"), time)
-        for axis, count, first in zip(("y", "x"), size, start, strict=True):
-            positions = first + scale * np.arange(count, dtype=float)
-            _put(group, Variable(axis, (axis,), "float64", ANGSTROM, f"{axis} of the pixel centre"), positions)
-        datasets.append((f"s{level}/{name}", (interval, scale, scale), (0.0, *start)))
-    parent.attrs["ome"] = ome_metadata(name, ("time", "y", "x"), datasets)
-
-
-def write_image(path: Path, name: str, start: int, frames: np.ndarray) -> None:
-    """Write a block of images (time, y, x) and its coarser levels, each the mean of 2 x 2 pixels."""
-    parent = cast(zarr.Group, _open_group(path, "r+")[f"images/{name}"])
-    for level in range(len(list(parent.group_keys()))):
-        array = cast(Array, parent[f"s{level}/{name}"])
-        _write_region(array, path / "images" / name / f"s{level}" / name, start, frames)
-        frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
-        frames = frames.reshape(len(frames), frames.shape[1] // 2, 2, frames.shape[2] // 2, 2).mean((2, 4))
-
-
-def write_examples(
-    path: Path, frames: np.ndarray, images: Mapping[str, np.ndarray], *, sampling: float, origin: tuple[float, float]
-) -> None:
-    """Write ``/examples``: crops (example, y, x) of some frames for the report; ``origin`` [Å] of the first pixel."""
-    root = _open_group(path, "r+")
-    if "examples" in root:
-        del root["examples"]
-    group = root.create_group(
-        "examples", attributes={"sampling": sampling, "origin_y": origin[0], "origin_x": origin[1]}
-    )
-    _put(group, Variable("frame", ("example",), "int32", DIMENSIONLESS, "index of the frame"), frames.astype("int32"))
-    for name, values in images.items():
-        units = DIMENSIONLESS if name == "probability" else "electron"
-        variable = Variable(name, ("example", "y_example", "x_example"), "float32", units, f"{name} frame")
-        _put(group, variable, values.astype("float32"))
+        write_region(array, folder, start, data if variable.dtype == "string" else data.astype(variable.dtype))

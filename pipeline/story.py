@@ -13,7 +13,7 @@ from typing import Any
 
 from distributed import Client
 
-from pipeline import blocks, collect, graph, plan, store
+from pipeline import blocks, collect, graph, images, models, plan, store
 from pipeline.collect import Piece
 from pipeline.graph import Stopped
 from pipeline.ingest.describe import describe
@@ -23,9 +23,7 @@ from pipeline.ledger import Lease, Ledger
 from pipeline.movie import Task
 from pipeline.parts import part_path, read_meta, sweep
 from pipeline.provenance import describe_run
-from schemas.columns import COLUMNS
-from schemas.errors import SchemaError, SourceError
-from schemas.frames import FRAMES
+from schemas.errors import SchemaError, SettingsError, SourceError
 from schemas.settings import Job, Settings
 
 log = logging.getLogger("colonnade")
@@ -116,7 +114,9 @@ def ingest(engine: Engine, movie: PlannedMovie) -> store.Stack:
     target = engine.output / "stacks" / f"{movie.name}.zarr"
     target.parent.mkdir(parents=True, exist_ok=True)
     cut = plan_cut(description, settings.source)
-    require_memory(engine, settings, cut.shape, binned_dtype(description.dtype, cut.binning).itemsize)
+    planes = len(description.defocus) if description.defocus else 1
+    require_species(movie, planes=planes, sampling=description.sampling * cut.binning)
+    require_memory(engine, settings, cut.shape, binned_dtype(description.dtype, cut.binning).itemsize, planes)
     engine.progress.begin(movie.name, "ingest", cut.shape[0])
     write_stack(
         description, target, source=settings.source, stacks=settings.stacks, client=engine.client, stop=engine.stop,
@@ -125,11 +125,19 @@ def ingest(engine: Engine, movie: PlannedMovie) -> store.Stack:
     return store.open_stack(target)
 
 
-def require_memory(engine: Engine, settings: Settings, shape: tuple[int, int, int], itemsize: int) -> None:
+def require_species(movie: PlannedMovie, *, planes: int, sampling: float) -> None:
+    """Refuse a movie that its species model was not trained for; the others of the job go on."""
+    try:
+        models.require_species(movie.settings, planes=planes, sampling=sampling)
+    except SettingsError as error:
+        raise SourceError(str(error)) from None
+
+
+def require_memory(engine: Engine, settings: Settings, shape: tuple[int, int, int], itemsize: int, planes: int) -> None:
     """Refuse a cluster whose workers are too small, before any work is sent."""
     size, halo = plan.block_frames(settings, shape), plan.denoiser_halo(settings)
     plan.require_memory(
-        plan.predict_memory(settings, shape, itemsize, size, halo), graph.smallest_memory(engine.client)
+        plan.predict_memory(settings, shape, itemsize, size, halo, planes), graph.smallest_memory(engine.client)
     )
 
 
@@ -149,11 +157,13 @@ class Story:
         facts = calibration_of(movie.settings, stack)
         self.deps = plan.dependencies(movie.settings, str(stack.attributes["content_hash"]), facts)
         self.keys = plan.fingerprints(self.deps)
+        self.weights = models.hashes(movie.settings)
         self.task = Task(
             str(stack.path), str(self.path), str(self.parts), stack.shape[0], self.settings,
             tuple(self.keys.items()), engine.device,
         )  # fmt: skip
-        require_memory(engine, movie.settings, stack.shape, stack.counts.dtype.itemsize)
+        require_species(movie, planes=stack.planes, sampling=stack.sampling)
+        require_memory(engine, movie.settings, stack.shape, stack.counts.dtype.itemsize, stack.planes)
         self._require_plane()
         if redo is not None:
             self._forget(plan.from_step(redo))
@@ -204,27 +214,33 @@ class Story:
         """Part files to tables: the driver creates the arrays, tasks write whole shards."""
         frames, size = self.stack.shape[0], self.settings.blocks.frames or 1
         cuts = list(plan.blocks(frames, size))
-        rows = [self._rows(start, stop) for start, stop in cuts]
-        of_frames = collect.prefix_sum(cuts, [stop - start for start, stop in cuts])
-        of_columns = collect.prefix_sum(cuts, rows)
+        rows = {table: [self._rows(table, start, stop) for start, stop in cuts] for table in collect.TABLES}
+        pieces = {table: collect.prefix_sum(cuts, counts) for table, counts in rows.items()}
         if not self.ledger.is_done("collect", 0, frames, self.keys["collect"]) or not self._is_complete():
-            self._write_tables(of_frames, of_columns, sum(rows))
+            self._write_tables(pieces)
         dropped = frames - int((read_meta(self._global_part("drift")) or {}).get("good", frames))
         if not self.movie.settings.stacks.keep and self.movie.files.reader != "stack":
             store.remove(self.stack.path)
-        return Outcome(self.movie.name, "complete", self.path, frames, sum(rows), dropped)
+        columns, particles = (sum(rows[table]) for table in ("columns", "particles"))
+        return Outcome(self.movie.name, "complete", self.path, frames, columns, dropped, particles=particles)
 
-    def _write_tables(self, of_frames: Sequence[Piece], of_columns: Sequence[Piece], columns: int) -> None:
+    def _write_tables(self, pieces: Mapping[str, Sequence[Piece]]) -> None:
         # From here until the end the tables are not those of any fingerprint: no older record may vouch for them.
         frames = self.stack.shape[0]
         self._done("collect", 0, frames, {"status": "running"})
         self.ledger.flush()
-        classes = blocks.classes_of(self.task)
+        classes = models.classes_of(self.settings)
         known: dict[str, Any] = {"time": self.stack.time, "species_class": list(classes)}
         sizes = {"species_class": len(classes)}
-        store.create_table(self.path, FRAMES, frames, sizes=sizes, coordinates=known)
-        store.create_table(self.path, COLUMNS, columns, sizes={}, coordinates={})
-        shards = collect.shards(self.task, COLUMNS, of_columns) + collect.shards(self.task, FRAMES, of_frames)
+        if self.stack.defocus is not None:
+            known["defocus"], sizes["defocus"] = self.stack.defocus, self.stack.planes
+        for table, schema in collect.TABLES.items():
+            of_frames = table == "frames"
+            rows = pieces[table][-1].first_row + pieces[table][-1].rows
+            store.create_table(
+                self.path, schema, rows, sizes=sizes if of_frames else {}, coordinates=known if of_frames else {}
+            )
+        shards = [shard for table in collect.TABLES for shard in collect.shards(self.task, table, pieces[table])]
         name, seconds = self.movie.name, 0.0
         self.engine.progress.begin(name, "collect", len(shards) + 1)
         for _, result in self._stream(collect.write_shard, shards, "collect"):
@@ -243,7 +259,7 @@ class Story:
 
     def _tables_exist(self) -> bool:
         tree = store.open_tree(self.path)
-        complete = "frames" in tree.children and "columns" in tree.children
+        complete = set(collect.TABLES) <= set(tree.children)
         tree.close()
         if complete:
             store.update_run(self.path, self.attributes("complete"))
@@ -283,15 +299,16 @@ class Story:
             return False
         if not self.ledger.is_done(name, start, stop, self.keys[name]):
             meta = read_meta(part_path(self.parts, name, start, stop, self.keys[name])) or {}
-            self._done(name, start, stop, {"seconds": {}, "adopted": True, "rows": meta.get("rows", 0)})
+            rows = {table: meta.get(table, 0) for table in ("rows", "particles")}
+            self._done(name, start, stop, {"seconds": {}, "adopted": True, **rows})
         return True
 
     def _done(self, step: str, start: int, stop: int, result: Mapping[str, Any]) -> None:
         facts = {"step": step, "start": start, "stop": stop, "fingerprint": self.keys[step], "status": "done"}
         self.ledger.add("block", **{**facts, **result})
 
-    def _rows(self, start: int, stop: int) -> int:
-        return self.ledger.rows("process", start, stop)
+    def _rows(self, table: str, start: int, stop: int) -> int:
+        return stop - start if table == "frames" else self.ledger.rows("process", start, stop, table)
 
     def _global_part(self, step: str) -> Path:
         return part_path(self.parts, step, 0, self.stack.shape[0], self.keys[step])
@@ -306,15 +323,14 @@ class Story:
         # There is one set of images, so markers of other settings vouch for nothing any more.
         for old in self.parts.glob("images-*"):
             old.unlink()
-        store.remove_images(self.path)
+        images.remove_images(self.path)
         if not wanted:
             return
         self._forget(("process",))
         for name in wanted:
-            units, meaning = ("electron", "denoised frame") if name == "denoised" else ("1", "probability of a column")
-            store.create_image(
+            images.create_image(
                 self.path, name, time=self.stack.time, shape=self.stack.shape, sampling=self.stack.sampling,
-                origin=self.stack.origin, block_frames=self.settings.blocks.frames or 1, units=units, meaning=meaning,
+                origin=self.stack.origin, block_frames=self.settings.blocks.frames or 1,
             )  # fmt: skip
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
@@ -322,7 +338,6 @@ class Story:
     def attributes(self, state: str) -> dict[str, Any]:
         """What the run says of itself."""
         facts = describe_run(
-            self.task, self.stack, movie=self.movie.name, output=self.engine.output,
-            weights=self.deps["vote"]["vote.weights"],
+            self.task, self.stack, movie=self.movie.name, output=self.engine.output, weights=self.weights
         )  # fmt: skip
         return {"state": state, **facts}

@@ -23,5 +23,6 @@ COLUMNS = Schema(
         Variable("probability", _ROW, "float32", DIMENSIONLESS, "probability of a column given by the network"),
         Variable("species", _ROW, "string", "", "atomic species of the column; 'unknown' without a species model"),
         Variable("species_probability", _ROW, "float32", DIMENSIONLESS, "probability of that species"),
+        Variable("particle", _ROW, "int32", DIMENSIONLESS, "row among the particles of its frame; -1: in none"),
     ),
 )

@@ -9,10 +9,15 @@ the axes of frame 0 of the detector with drift removed: ``x_det = x + drift``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 SCHEMA_VERSION = 1
 """Version of the layout of stacks and runs; a store with a newer one is refused."""
 
 ANGSTROM = "angstrom"
+ANGSTROM2 = "angstrom2"
+RADIAN = "radian"
 SECOND = "s"
 DIMENSIONLESS = "1"
 ELECTRON = "electron"
@@ -29,6 +34,18 @@ STATUS_MEANING = {
     "failed": "the block of the frame failed; see the ledger",
     "not_computed": "nothing has been computed for the frame yet",
 }
+
+CONTACT = {"free": 0, "border": 1, "touching": 2, "both": 3}
+"""Values of ``/particles/contact``: cut by the border of the view (1), touching another particle (2), or both."""
+
+INTERPRETABLE = {"no": 0, "yes": 1}
+"""Values of ``interpretable``; -1 where nothing was computed."""
+
+
+def flags_of(words: Mapping[str, int]) -> dict[str, Any]:
+    """CF attributes of a variable whose values stand for words."""
+    return {"flag_values": list(words.values()), "flag_meanings": " ".join(words)}
+
 
 UNKNOWN_SPECIES = "unknown"
 """Species of a column while no species model is set."""

@@ -110,6 +110,9 @@ class Drift(Section):
         1.25, description="bound on small bright objects, in amplitudes that 90 % of the filtered image stays below"
     )
     cauchy: Positive = Field(2.5, description="residual, in standard errors, at which a pair counts half")
+    defocus_shift: Positive = Field(
+        24.0, description="largest offset between the planes of a focal series, in pixels, along each axis"
+    )
 
 
 class Denoise(Section):
@@ -168,26 +171,55 @@ class Columns(Section):
     share: Probability = Field(0.3, description="how far a denoised position follows the noise of its own frame")
 
 
-def _no_species_model(model: str | None) -> str | None:
-    if model is not None:
-        raise ValueError(f"no species model {model!r}: none exists yet; leave it out, or set species.only")
-    return model
+class Particles(Section):
+    """Particles as a whole: where they are, how large, how they lie."""
+
+    model: str | None = Field(
+        None, description="name of shipped weights or path of a safetensors file; none: particles are not looked for"
+    )
+    threshold: Probability = Field(0.5, description="least probability of a pixel of a particle")
+    min_area: Positive = Field(50.0, description="least area of a particle in Å²")
+    max_hole: Annotated[float, Field(ge=0)] = Field(50.0, description="holes up to this area in Å² are filled")
+    neck: Probability = Field(
+        0.75, description="particles are parted where they touch along less than this part of the narrower one's width"
+    )
+    window: Count | None = Field(384, description="edge of a window in pixels of the network; none: the whole frame")
+    halo: Count | None = Field(None, description="halo of a window on each side; none: what the network looks at")
+
+
+class Fourier(Section):
+    """Whether the lattice of a particle, or of a frame without particles, is seen well enough to be interpreted."""
+
+    band: tuple[Positive, Positive] = Field(
+        (0.3, 0.9), description="[low, high] spatial frequencies of lattice peaks in 1/Å"
+    )
+    significance: Positive = Field(8.0, description="least power of a peak over the background at its frequency")
+    threshold: Positive = Field(
+        10.0, description="brightest-to-dimmest ratio of symmetric peaks up to which a lattice can be interpreted"
+    )
 
 
 class Species(Section):
     """What the columns are made of."""
 
-    model: Annotated[str | None, AfterValidator(_no_species_model)] = Field(
-        None, description="name of a species model; none: every column is 'unknown', or what `only` says"
+    model: str | None = Field(
+        None,
+        description="mos2-hrtem | graphene-haadf | tmd-haadf | path of a safetensors file; none: every column is "
+        "'unknown', or what `only` says",
     )
+    threshold: Probability = Field(0.5, description="least probability of a site that the species model finds itself")
+    margin: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="sites nearer to the edge of the view (Å) count for no vacancies"
+    )
+    window: Count | None = Field(384, description="edge of a window in pixels of the network; none: the whole frame")
     only: str | None = Field(None, description="the one species that the movie holds, given to every column")
 
 
 class Images(Section):
     """Pixels kept beside the numbers."""
 
-    save: tuple[Literal["denoised", "probability"], ...] = Field(
-        (), description="images to keep: denoised, probability"
+    save: tuple[Literal["denoised", "probability", "labels"], ...] = Field(
+        (), description="images to keep: denoised, probability (of columns), labels (of particles)"
     )
     examples: Annotated[int, Field(ge=0)] = Field(6, description="frames shown in the report")
 
@@ -204,6 +236,8 @@ class Settings(Section):
     lowpass: Lowpass = Lowpass()
     segment: Segment = Segment()
     columns: Columns = Columns()
+    particles: Particles = Particles()
+    fourier: Fourier = Fourier()
     species: Species = Species()
     images: Images = Images()
 

@@ -16,6 +16,7 @@ class Variable:
     """One array of a group: its dimensions, type ("any": the detector's), units and meaning.
 
     ``fill`` is what an element reads as before it is written: chosen so that it cannot be taken for a result.
+    An ``optional`` one exists only where its dimensions do, such as those over defocus in focal series.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Variable:
     meaning: str
     fill: Any = None
     attrs: Mapping[str, Any] = field(default_factory=dict)
+    optional: bool = False
 
     @property
     def fill_value(self) -> Any:
@@ -60,6 +62,11 @@ class Schema:
         """Names of all variables, in stored order."""
         return tuple(variable.name for variable in self.variables)
 
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Names of the variables that every store of ours holds."""
+        return tuple(variable.name for variable in self.variables if not variable.optional)
+
     def table(self) -> str:
         """The schema as a Markdown table, for the documentation."""
         lines = [f"| `{self.group}` variable | dims | dtype | units | meaning |", "|---|---|---|---|---|"]
@@ -84,6 +91,8 @@ def problems(dataset: Any, schema: Schema) -> list[str]:
     for variable in schema.variables:
         where = f"{schema.group}/{variable.name}"
         if variable.name not in dataset:
+            if variable.optional:
+                continue
             found.append(f"{where} is missing; expected {variable.dtype} over {variable.dims}")
             continue
         array = dataset[variable.name]

@@ -22,6 +22,7 @@ ZARR_IS_OPENED_BY = {
 CLUSTER_IS_IMPORTED_BY = {
     "pipeline/cli.py": "joins pipeline and cluster",
     "pipeline/demo.py": "the body of the verb `demo`",
+    "pipeline/cli_models.py": "the verbs of the command line that make models",
 }
 DASK_IS_CONFIGURED_BY = {"pipeline/simulate/imaging.py": "abTEM computes through Dask; it is told to do so right here"}
 MANY_PARAMETERS = {
@@ -29,7 +30,6 @@ MANY_PARAMETERS = {
     "pipeline/steps/drift.py:pair_shifts": "frames, pairs, flags, weight, four settings that have no default, device",
     "pipeline/steps/segment.py:column_probability": "network, frames, two samplings, sign, window, halo, batch, device",
     "pipeline/store.py:create_stack": "each names one axis or fact of a stack",
-    "pipeline/store.py:create_image": "each names one axis or fact of an image",
 }
 LONG_FUNCTIONS: dict[str, str] = {}
 

@@ -172,6 +172,7 @@ def calibration_of(settings: Settings, stack: store.Stack) -> dict[str, Any]:
     return plan.calibration(
         settings, sampling=stack.sampling, time=stack.time.tolist(), energy=stack.attributes.get("energy"),
         counts_per_electron=stack.attributes.get("counts_per_electron"),
+        defocus=None if stack.defocus is None else stack.defocus.tolist(),
     )  # fmt: skip
 
 

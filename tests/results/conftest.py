@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from pipeline import store
+from pipeline.images import write_examples
 from schemas.columns import COLUMNS
 from schemas.conventions import STATUS
 from schemas.frames import FRAMES
+from schemas.particles import PARTICLES
 
 SAMPLING = 0.2
 COUNTS = (3, 0, -1, 5, 2, -1)
@@ -40,6 +42,11 @@ def tables(counts: tuple[int, ...] = COUNTS, seed: int = 1) -> Tables:
         "drift_x_err": np.full(n, 0.02),
         "column_count": np.array(counts, dtype="int32"),
         "species_count": np.stack([np.array(counts), np.where(np.array(counts) < 0, -1, 0)], axis=1).astype("int32"),
+        "particle_count": np.where(np.array(counts) < 0, -1, 2).astype("int32"),
+        "vacancy_count": np.full(n, -1, "int32"),
+        "vacancy_count_err": np.full(n, np.nan, "float32"),
+        "fourier_ratio": np.where(status == 0, 2.0 + np.arange(n), np.nan).astype("float32"),
+        "interpretable": np.where(status == 0, np.arange(n) < 4, -1).astype("int8"),
         "mean_electrons": np.full(n, 8.0, "float32"),
         "dose": np.where(status == 0, 200.0, np.nan).astype("float32"),
         "snr": np.where(status == 0, 1.0 + np.arange(n), np.nan).astype("float32"),
@@ -60,8 +67,23 @@ def tables(counts: tuple[int, ...] = COUNTS, seed: int = 1) -> Tables:
         "probability": np.linspace(0.5, 0.99, total).astype("float32"),
         "species": np.array(["Au"] * total, dtype=object),
         "species_probability": np.ones(total, "float32"),
+        "particle": (np.arange(total) % 3 - 1).astype("int32"),
     }
     return frames, columns
+
+
+def particles_of(frames: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rows of /particles that go with a table of frames."""
+    frame = np.repeat(np.arange(len(frames["time"])), np.maximum(frames["particle_count"], 0))
+    total = len(frame)
+    rows: dict[str, np.ndarray] = {
+        variable.name: np.linspace(1, 2, total).astype(variable.dtype)
+        for variable in PARTICLES.variables
+        if variable.dtype.startswith("float")
+    }
+    rows |= {"frame": frame.astype("int32"), "contact": (np.arange(total) % 4).astype("int8")}
+    rows |= {"interpretable": (np.arange(total) % 2).astype("int8"), "zone": np.array(["110"] * total, dtype=object)}
+    return rows
 
 
 def write_run(path: Path, made: Tables, **attributes: Any) -> Path:
@@ -85,12 +107,14 @@ def write_run(path: Path, made: Tables, **attributes: Any) -> Path:
     store.create_table(path, COLUMNS, len(columns["frame"]), sizes={}, coordinates={})
     if len(columns["frame"]):
         store.write_rows(path, COLUMNS, 0, columns)
+    particles = particles_of(frames)
+    store.create_table(path, PARTICLES, len(particles["frame"]), sizes={}, coordinates={})
+    if len(particles["frame"]):
+        store.write_rows(path, PARTICLES, 0, particles)
     rng = np.random.default_rng(0)
     raw = rng.poisson(8, (2, 40, 48)).astype("float32")
     images = {"raw": raw, "denoised": raw * 0 + 8, "probability": raw * 0 + 0.1}
-    store.write_examples(
-        path, np.minimum([0, 3], len(frames["time"]) - 1), images, sampling=SAMPLING, origin=(1.0, 1.0)
-    )
+    write_examples(path, np.minimum([0, 3], len(frames["time"]) - 1), images, sampling=SAMPLING, origin=(1.0, 1.0))
     return path
 
 

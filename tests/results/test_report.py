@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline import store
+from pipeline.images import create_image, write_image
 from pipeline.layout import stack_layout
 from pipeline.results import montage, summary
 from pipeline.results.examples import Example, examples
@@ -170,7 +171,7 @@ def test_text_in_figures_is_no_formula(make_run: Callable[..., Path]) -> None:
     path = make_run()
     group = path / "frames" / "species_class"
     shutil.rmtree(group)
-    frames = {name: open_run(make_run("other"))[f"frames/{name}"].values for name in FRAMES.names}
+    frames = {name: open_run(make_run("other"))[f"frames/{name}"].values for name in FRAMES.required}
     frames["species_count"][:, 1] = 2
     classes = {"species_class": ["$\\frac{", "<&>"]}
     store.create_table(path, FRAMES, 6, sizes={"species_class": 2}, coordinates=classes)
@@ -294,11 +295,11 @@ def test_any_frame_can_be_shown_while_its_pixels_are_kept(run_path: Path) -> Non
     )  # fmt: skip
     store.write_frames(stack, 0, counts)
     store.finish_stack(stack, frame_ok=np.ones(6, dtype=bool), attributes={})
-    store.create_image(
-        run_path, "denoised", time=np.arange(6.0), shape=counts.shape, block_frames=6, units="electron", meaning="m",
+    create_image(
+        run_path, "denoised", time=np.arange(6.0), shape=counts.shape, block_frames=6,
         **common,
     )  # fmt: skip
-    store.write_image(run_path, "denoised", 0, counts * np.float32(2))
+    write_image(run_path, "denoised", 0, counts * np.float32(2))
     run = open_run(run_path)
     chosen = list(examples(run, [4, 0], folder=run_path.parent))
     assert [example.frame for example in chosen] == [4, 0]
