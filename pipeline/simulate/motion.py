@@ -77,18 +77,23 @@ def presence(
 def hops(
     rng: np.random.Generator, there: np.ndarray, moves: Sequence[Move], *, count: int, eligible: np.ndarray
 ) -> tuple[ColumnEvent, ...]:
-    """Let `count` moves happen at random frames, changing there (time, unit) in place; returns what happened when.
+    """Let up to `count` moves happen, one in a frame, changing there (time, unit) in place; returns what happened when.
 
-    A move is possible while all that leaves is there and all that comes is not, and its columns are eligible (column,)
-    bool. There are fewer where nothing can move any more.
+    A move is possible while all that leaves is there, all that comes is not, and neither comes or goes by itself later;
+    its columns must be eligible (column,) bool.
     """
     frames = len(there)
     usable = [way for move in moves if eligible[[move.column, move.to]].all() for way in (move, move.back)]
     found = []
-    for frame in np.sort(rng.integers(min(2, frames), max(frames - 1, 1), count)).tolist():
-        now = there[min(frame, frames - 1)]
-        possible = [way for way in usable if now[list(way.off)].all() and not now[list(way.on)].any()]
-        if frame >= frames or not possible:
+    times = rng.permutation(np.arange(min(2, frames - 1), max(frames - 1, 1)))[:count]
+    for frame in np.sort(times[times > 0]).tolist():
+        now, steady = there[frame], (there[frame:] == there[frame]).all(0)
+        possible = [
+            way
+            for way in usable
+            if now[list(way.off)].all() and not now[list(way.on)].any() and steady[[*way.off, *way.on]].all()
+        ]
+        if not possible:
             continue
         chosen = possible[int(rng.integers(len(possible)))]
         there[frame:, list(chosen.off)] = False

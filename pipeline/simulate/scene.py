@@ -12,7 +12,8 @@ from pipeline.simulate import motion
 from pipeline.simulate.spec import KINDS, MovieSpec
 from pipeline.simulate.structures.film import carbon
 from pipeline.simulate.structures.nanoparticle import Particle, nanoparticle
-from pipeline.simulate.structures.sheet import SHEETS, sheet
+from pipeline.simulate.structures.sheet import SHEETS, Defects, sheet
+from pipeline.simulate.structures.silicon import pushed
 from pipeline.simulate.structures.specimen import Specimen, empty, joined, moved, named, turned
 
 __all__ = ["BORDER", "COLUMN_DTYPE", "KINDS", "MovieSpec", "Scene", "build_scene", "columns_of"]
@@ -46,6 +47,8 @@ class Scene:
         rng = np.random.default_rng([self.seed, 11, frame])
         present = self.present(frame)
         points = turned(crystal.positions, float(self.angle[frame]))
+        if crystal.pushing is not None:
+            points = points + pushed(points, crystal.pushing & present)
         points = (points + rng.normal(0, spec.vibration, points.shape) if spec.vibration else points)[present]
         film = self.film
         if spec.carbon_walk and frame and len(film):
@@ -100,6 +103,9 @@ def build_scene(spec: MovieSpec, seed: int) -> Scene:
         at_first=0.4 if spec.kind == "nanoparticle" else 1.0,
     )
     there[:, crystal.absent] = False
+    column = np.zeros(len(crystal.movable), int)
+    column[crystal.unit] = crystal.column
+    events = tuple(replace(event, column=int(column[event.column])) for event in events)
     if spec.hops:
         hopping = np.random.default_rng([seed, 4])
         hops = motion.hops(hopping, there, crystal.moves, count=spec.hops, eligible=eligible)
@@ -124,8 +130,13 @@ def _well_inside(crystal: Specimen, spec: MovieSpec, reach: np.ndarray) -> np.nd
 
 def _crystal(rng: np.random.Generator, spec: MovieSpec, reach: float) -> Specimen:
     if spec.kind in SHEETS:
-        dopants = spec.dopants if spec.kind == "graphene" else 0.0
-        return sheet(rng, kind=spec.kind, reach=reach, vacancies=spec.vacancies, dopants=dopants, hole=spec.hole)
+        defects = Defects(
+            vacancies=spec.vacancies, dopants=spec.dopants if spec.kind == "graphene" else 0.0, hole=spec.hole,
+            double_vacancies=spec.double_vacancies, substitutions=spec.substitutions,
+            metal_substitutions=spec.metal_substitutions, groups=spec.groups, atomwise=spec.atomwise,
+            mobile=spec.hops > 0,
+        )  # fmt: skip
+        return sheet(rng, kind=spec.kind, reach=reach, defects=defects)
     if spec.kind != "nanoparticle":
         return empty()
     half = np.array(spec.field_of_view) / 2

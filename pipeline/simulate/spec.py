@@ -24,6 +24,9 @@ class MovieSpec:
     plane_drift: rms shift of its planes against each other. scan_jitter: rms displacement of scanned rows (HAADF).
     shapes: drawn from for each particle. zone: 100, 110, 111 or random. adatoms: columns of 1 to 3 atoms beside each
     particle's rim; particle_vacancies: share of a particle's atoms that is missing. hops: how often something moves.
+    vacancies, double_vacancies, substitutions (Se for S, Te for Se), metal_substitutions (W for Mo, Mo for W), dopants
+    (Si for C): shares of a sheet's atoms; groups of Si in graphene: 3-fold, 4-fold, dimer, trimer; atomwise: events of
+    a sheet move one atom of a pair.
     tilts: how far each particle is off its zone, where they differ; else all are off by `tilt`.
     min_atoms: columns with fewer atoms are kept in the truth but not marked visible (default 3, sheets 1).
     noise: counting (white, whatever the mtf) or integrating (blurred by the mtf as the image is; there `excess` is the
@@ -55,7 +58,12 @@ class MovieSpec:
     adatoms: int = 0
     hops: int = 0
     vacancies: float = 0.01
+    double_vacancies: float = 0.0
+    substitutions: float = 0.0
+    metal_substitutions: float = 0.0
     dopants: float = 0.004
+    groups: tuple[str, ...] = ()
+    atomwise: bool = False
     hole: float = 0.0
     events: int = 6
     rotation_step: float = 0.0
