@@ -66,6 +66,8 @@ class SpeciesSpec:
         elements = {chemical_symbols[number] for number, *_ in SHEETS[self.host][1]}
         if set(self.columns) != elements:
             raise SettingsError(f"columns name {sorted(self.columns)}; {self.host} has the elements {sorted(elements)}")
+        if len(self.columns) > 2:
+            raise SettingsError(f"{self.host} has {len(self.columns)} elements; expected one or two")
         foreign = {name for names in self.columns.values() for name in names[1:]}
         if set(self.shares) != foreign:
             raise SettingsError(
@@ -89,6 +91,11 @@ class SpeciesSpec:
             for element, names in self.columns.items()
             for name in names
         )
+
+    @property
+    def hosts(self) -> tuple[int, ...]:
+        """For each class the number of the element of the host whose site it is."""
+        return tuple(index for index, names in enumerate(self.columns.values()) for _ in names)
 
     @property
     def planes(self) -> int:

@@ -79,6 +79,7 @@ def metadata(spec: SpeciesSpec) -> dict[str, Any]:
         "kind": "species",
         "classes": list(spec.classes),
         "missing": list(spec.missing),
+        "hosts": list(spec.hosts),
         "mode": spec.mode,
         "planes": spec.planes,
         "sampling": spec.sampling,

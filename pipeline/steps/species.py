@@ -2,7 +2,8 @@
 
 A species network gives every pixel of its own grid a probability of each class and of "no site". A site (a lattice
 position, empty ones included) is a maximum of the probability of any class; its class probabilities are the mean of the
-pixels around it. So empty sites are found where there is nothing to find: from the network's maps alone.
+pixels around it, so that empty sites are found where there is nothing to find. Where a crystal has two elements, next
+neighbours are of different ones: all sites nearby help to tell which element the place of a site belongs to.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.spatial import cKDTree
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -44,6 +47,9 @@ UNKNOWN = "unknown"
 FLATTEN = 5.0  # Å, standard deviation of the Gaussian whose local mean is removed
 GAIN = {"hrtem": 5.0, "haadf": 1.0}  # of the relative contrast (hrtem), of the contrast in units of the frame's (haadf)
 KNEE = 3.0  # input beyond which it grows only logarithmically
+EVIDENCE = 2.0  # log ratio that one site may say at most about which element its place belongs to
+POOLING = 0.32  # weight of a neighbour's evidence; below 1/3, the most for three neighbours each
+ROUNDS = 60  # in which evidence travels from neighbour to neighbour
 REACH = 0.22  # Å, standard deviation of the weights with which pixels around a site are averaged
 
 Floats = NDArray[np.float64]
@@ -83,7 +89,8 @@ class Classified(NamedTuple):
 class SpeciesModel:
     """A species network and what its weights say about it; made by `of`.
 
-    classes: names; missing: atoms that a site of each class lacks (vacancy counting); mode: hrtem or haadf; planes: how
+    classes: names; missing: atoms that a site of each class lacks (vacancy counting); hosts: for each class the number
+    of the crystal's element whose place it is, of one or two elements; mode: hrtem or haadf; planes: how
     many images it takes at once; sampling [Å/px] of its own grid, sampling_range [Å/px] of frames it may be shown;
     distance [Å]: least distance of two sites; temperature: divides the logarithms of the class probabilities.
     """
@@ -91,6 +98,7 @@ class SpeciesModel:
     network: nn.Module
     classes: tuple[str, ...]
     missing: tuple[int, ...]
+    hosts: tuple[int, ...]
     mode: str
     planes: int
     sampling: float
@@ -107,6 +115,7 @@ class SpeciesModel:
                 network,
                 tuple(str(name) for name in metadata["classes"]),
                 tuple(int(count) for count in metadata["missing"]),
+                tuple(int(host) for host in metadata["hosts"]),
                 str(metadata["mode"]),
                 int(metadata["planes"]),
                 float(metadata["sampling"]),
@@ -180,25 +189,59 @@ def classify(
     maps = class_maps(model, planes, sampling=sampling, windowing=windowing, device=device)
     scale = (maps.shape[1] / planes.shape[1], maps.shape[2] / planes.shape[2])
     y, x = (np.asarray(v, float) for v in columns)
-    asked = site_probabilities(model, maps, (y + 0.5) * scale[0] - 0.5, (x + 0.5) * scale[1] - 0.5)
+    sites, shift = find_sites(model, maps, threshold=threshold)
+    places = np.column_stack([(y + 0.5) * scale[0] - 0.5, (x + 0.5) * scale[1] - 0.5])
+    asked = site_probabilities(model, maps, *places.T)
+    if len(sites.y):
+        apart, nearest = cKDTree(np.column_stack([sites.y, sites.x])).query(places)
+        close = apart < 0.7 * model.distance / model.sampling
+        asked = _settled(model, asked, np.where(close, shift[nearest], 0.0))
+    probabilities = _settled(model, sites.probabilities, shift)
+    size = (maps.shape[1], maps.shape[2])
+    kept = inside(sites.y, sites.x, shape=size, margin=margin / model.sampling)
+    back = Sites((sites.y[kept] + 0.5) / scale[0] - 0.5, (sites.x[kept] + 0.5) / scale[1] - 0.5, probabilities[kept])
     seen = np.array([model.occupied(name) for name in model.classes])
     best = np.where(seen, asked, -1.0).argmax(1) if len(y) else np.zeros(0, int)
     width = max(len(name) for name in model.classes)
     named = np.array(model.classes, dtype=f"<U{width}")[best]
     species = Species(named, asked[np.arange(len(y)), best], model.classes, asked)
-    return Classified(species, find_sites(model, maps, scale=scale, threshold=threshold, margin=margin))
+    return Classified(species, back)
 
 
-def find_sites(
-    model: SpeciesModel, maps: Tensor, *, scale: tuple[float, float], threshold: float, margin: float
-) -> Sites:
-    """Sites in class maps (1 + class, y, x); scale: pixels of the network per pixel of the planes along y and x."""
+def find_sites(model: SpeciesModel, maps: Tensor, *, threshold: float) -> tuple[Sites, Floats]:
+    """Sites in class maps (1 + class, y, x) [px of the maps], and what their neighbours say of each (site,).
+
+    The latter is a log ratio, to be added to the site's own: > 0 where its place belongs to the first element.
+    """
     site = _blurred(1 - maps[:1], REACH / model.sampling)[0]
     peaks = find_columns(site, threshold=threshold, min_distance=model.distance / model.sampling)
-    kept = inside(peaks.y, peaks.x, shape=(site.shape[0], site.shape[1]), margin=margin / model.sampling)
-    y, x = peaks.y[kept], peaks.x[kept]
-    probabilities = site_probabilities(model, maps, y, x)
-    return Sites((y + 0.5) / scale[0] - 0.5, (x + 0.5) / scale[1] - 0.5, probabilities)
+    probabilities = site_probabilities(model, maps, peaks.y, peaks.x)
+    return Sites(peaks.y, peaks.x, probabilities), _from_neighbours(model, peaks.y, peaks.x, probabilities)
+
+
+def _from_neighbours(model: SpeciesModel, y: Floats, x: Floats, probabilities: Floats) -> Floats:
+    """Log ratio (site,) of first to second element at sites [px of the maps], as all sites around say, not they."""
+    if max(model.hosts) == 0 or not len(y):
+        return np.zeros(len(y))
+    first = np.array(model.hosts) == 0
+    odds = [np.maximum(probabilities[:, of].sum(1), 1e-9) for of in (first, ~first)]
+    own = np.clip(np.log(odds[0] / odds[1]), -EVIDENCE, EVIDENCE)
+    # Sites of one element are 1.7 next distances apart: those closer than 1.3 are of the other.
+    reach = 1.3 * model.distance / 0.7 / model.sampling
+    pairs = cKDTree(np.column_stack([y, x])).query_pairs(reach, output_type="ndarray")
+    ends = np.concatenate([pairs, pairs[:, ::-1]])
+    near = coo_array((np.full(len(ends), POOLING), (ends[:, 0], ends[:, 1])), shape=(len(y), len(y))).tocsr()
+    total = own
+    for _ in range(ROUNDS):
+        total = own - near @ total
+    return np.asarray(total - own)
+
+
+def _settled(model: SpeciesModel, probabilities: Floats, shift: Floats) -> Floats:
+    """Class probabilities (site, class) where other evidence adds a log ratio (site,) of first to second element."""
+    factor = np.where(np.array(model.hosts) == 0, 0.5, -0.5) * np.clip(shift, -40, 40)[:, None]
+    weighed = np.maximum(probabilities, 1e-12) * np.exp(factor)
+    return np.asarray(weighed / weighed.sum(1, keepdims=True))
 
 
 def class_maps(

@@ -16,6 +16,7 @@ CLASSES = ("Mo", "2S", "1S", "0S")
 FACTS = {
     "classes": list(CLASSES),
     "missing": [0, 0, 1, 2],
+    "hosts": [0, 1, 1, 1],
     "mode": "hrtem",
     "planes": 3,
     "sampling": 0.2,
