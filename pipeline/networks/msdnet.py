@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from pipeline.networks.msd_maps import Layers, feature_maps, logits
 
 
 class MSDNet(nn.Module):
@@ -15,7 +16,7 @@ class MSDNet(nn.Module):
 
     Input (batch, inputs, y, x), output (batch, outputs, y, x) without a final non-linearity; borders see zeros, so
     outputs closer to a border than `receptive_radius` differ from those of a larger image.
-    Without gradients all feature maps live in one buffer that is allocated once per call; nothing is concatenated.
+    All feature maps live in one buffer that is allocated once per call; nothing is concatenated (see `msd_maps`).
     """
 
     def __init__(self, *, inputs: int, outputs: int, width: int, dilations: Sequence[int]) -> None:
@@ -63,17 +64,11 @@ class MSDNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images, both as the class describes them."""
+        layers = Layers(
+            [cast(Tensor, layer.weight) for layer in self.layers],
+            [cast(Tensor, layer.bias) for layer in self.layers],
+            self.config["dilations"],
+        )
         if torch.is_grad_enabled():
-            features = images
-            for layer in self.layers:
-                features = torch.cat([features, functional.relu(layer(features))], dim=1)
-            return self.last(features)  # type: ignore[no-any-return]
-        batch, inputs, height, width = images.shape
-        buffer = images.new_empty(batch, self.maps, height, width)
-        buffer[:, :inputs] = images
-        filled = inputs
-        for layer in self.layers:
-            made = layer(buffer[:, :filled])
-            torch.clamp_min(made, 0.0, out=buffer[:, filled : filled + made.shape[1]])
-            filled += made.shape[1]
-        return self.last(buffer)  # type: ignore[no-any-return]
+            return self.last(feature_maps(images, layers))  # type: ignore[no-any-return]
+        return logits(images, layers, self.last.weight, cast(Tensor, self.last.bias))
