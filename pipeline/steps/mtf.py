@@ -28,6 +28,7 @@ HIGH = np.array([np.inf, 0.95, np.log(3.0), np.log(12.0), np.inf])
 BLURRED = 25.0  # by how much the blur must lower chi² to be believed: three parameters, about 4 sigma
 TELLING = 2.0  # standard errors at which c1 is told from zero
 POOR = 3.0  # chi² from which on the spectrum is not of this form
+HOPELESS = 0.1  # standard error of c1 beyond which it is left out: it is 0 to 0.1 in cameras
 BLUNT = 0.1  # relative standard error of c1 from which on a remedy is named
 # A ring's mean scatters less than the bins that its tile has in common with other rings would let expect: only
 # neighbours along the ring count, (35 / 18) for a Hann window, not (35 / 18)².
@@ -111,11 +112,12 @@ def fit_detector(levels: list[Level], *, offset: float | None, readout: float | 
             notes.append("readout noise cannot be told from counting noise; all of it is taken as that of counting")
             flat.values[4] = rounding
         return _result(levels, flat, rounding, notes)
-    if best.values[1] < TELLING * best.errors[1]:
-        bound = best.values[1] + 2 * best.errors[1]
-        notes.append(f"c1 cannot be told from 0 (below {bound:.2g} at 95 %) and is taken as 0")
+    if best.errors[1] > HOPELESS:
+        notes.append(f"c1 is not seen (± {best.errors[1]:.2g}) and is taken as 0, which the other errors presuppose")
         given[1] = 0.0
         best = _solve(levels, given)
+    elif best.values[1] < TELLING * best.errors[1]:
+        notes.append(f"c1 cannot be told from 0 (below {best.values[1] + 2 * best.errors[1]:.2g} at 95 %)")
     elif readout is None and best.errors[1] > BLUNT * best.values[1]:
         rho = best.correlation[1, 4]
         notes.append(f"c1 and readout noise are entangled (correlation {rho:+.3f}): give readout or dark to part them")

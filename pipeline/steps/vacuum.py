@@ -120,31 +120,37 @@ def noise_spectra(frames: NDArray[np.floating], regions: list[Region], *, tile: 
             f"the region(s) {regions} hold no square of {tile} px of a frame of {frames.shape[1:]} px; "
             "name a larger one (top, left, height, width in px)"
         )
-    average = frames.mean(0, dtype=np.float64)
     means = np.array([[frame[t : t + tile, x : x + tile].mean() for t, x in places] for frame in frames])
     edges = _levels(means)
     total = np.zeros((len(edges) - 1, tile, tile // 2 + 1))
     number, brightness = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
-    for frame, row in zip(frames, means, strict=True):
-        for (top, left), mean in zip(places, row, strict=True):
-            part = (slice(top, top + tile), slice(left, left + tile))
-            level = int(np.clip(np.searchsorted(edges, mean, side="right") - 1, 0, len(edges) - 2))
-            residual = _residual(frame[part].astype(np.float64), average[part], len(frames))
-            reach = SPIKE * residual.std()
-            total[level] += _periodogram(np.clip(residual, -reach, reach))
-            number[level] += 1
-            brightness[level] += mean
+    for (top, left), course in zip(places, means.T, strict=True):
+        level = np.clip(np.searchsorted(edges, course, side="right") - 1, 0, len(edges) - 2)
+        for one in np.unique(level):
+            some = frames[level == one, top : top + tile, left : left + tile].astype(np.float64)
+            total[one] += sum(_periodogram(_clipped(residual)) for residual in _residuals(some))
+            number[one] += len(some)
+            brightness[one] += course[level == one].sum()
     overlaps = OVERLAP if len(places) > 1 else 1.0
     return [_rings(t / n, n / overlaps, b / n) for t, n, b in zip(total, number, brightness, strict=True) if n]
 
 
-def _residual(square: Floats, average: Floats, frames: int) -> Floats:
-    if frames > 1:
-        scale = square.mean() / average.mean() if average.mean() else 1.0
-        return np.asarray((square - scale * average) * np.sqrt(frames / (frames - 1)))
-    ramp = np.linspace(-1, 1, len(square))
-    slopes = (square.mean(1) @ ramp / (ramp @ ramp), square.mean(0) @ ramp / (ramp @ ramp))
-    return np.asarray(square - square.mean() - slopes[0] * ramp[:, None] - slopes[1] * ramp)
+def _residuals(squares: Floats) -> Floats:
+    """Squares (time, y, x) of like brightness without what stands still, so scaled that the noise keeps its power."""
+    count, tile = squares.shape[:2]
+    if count > 1:
+        average = squares.mean(0)
+        scale = squares.mean((1, 2)) / average.mean() if average.mean() else np.ones(count)
+        return np.asarray((squares - scale[:, None, None] * average) * np.sqrt(count / (count - 1)))
+    ramp = np.linspace(-1, 1, tile)
+    slopes = (squares.mean(2) @ ramp / (ramp @ ramp), squares.mean(1) @ ramp / (ramp @ ramp))
+    plane = slopes[0][:, None, None] * ramp[:, None] + slopes[1][:, None, None] * ramp
+    return np.asarray(squares - squares.mean((1, 2), keepdims=True) - plane)
+
+
+def _clipped(residual: Floats) -> Floats:
+    reach = SPIKE * (1.4826 * float(np.median(np.abs(residual))) or float(residual.std()))
+    return np.clip(residual, -reach, reach)
 
 
 def _frequencies(tile: int) -> Floats:
