@@ -8,12 +8,13 @@ from typing import Any, NamedTuple, Protocol
 import abtem
 import numpy as np
 from abtem.core.energy import energy2wavelength
-from scipy.fft import fft2, ifft2
+from scipy.fft import fft2, ifft2, irfft2, next_fast_len, rfft2
 from scipy.ndimage import gaussian_filter
 
 from pipeline.simulate import detector, imaging
 
 BORDER = 3.0  # Å around the view, where the periodic canvas of a wave wraps round
+CLOUD = 0.5  # Å, the grid on which uneven brightness is drawn
 Range = tuple[float, float]
 
 
@@ -174,12 +175,8 @@ def scanned(
     sigma = rng.uniform(*scan.probe) / 2.3548 / sampling
     weight = specimen.numbers.astype(float) ** rng.uniform(*scan.exponent)
     places = specimen.atoms[:, :2] / sampling + size / 2
-    pixels = np.arange(size)
-    along = [np.exp(-0.5 * ((pixels - places[:, axis, None]) / sigma) ** 2) for axis in (0, 1)]
-    image = (along[0] * weight[:, None]).T @ along[1] / (2 * np.pi * sigma**2)
-    tail = rng.uniform(*scan.tail)
-    wide = gaussian_filter(image, sigma * rng.uniform(*scan.tail_width))
-    image = (1 - tail) * image + tail * wide
+    tail = (rng.uniform(*scan.tail), sigma * rng.uniform(*scan.tail_width))
+    image = _spots(places, weight, size, sigma, tail)
     level = float(image.mean()) or 1.0
     image = image / level + rng.uniform(*scan.background) + _cloud(rng, size, sampling) * rng.uniform(*scan.cloud)
     image = _jittered(np.maximum(image, 0), rng, rng.uniform(*scan.jitter) / sampling)
@@ -191,15 +188,40 @@ def scanned(
     return np.asarray(noisy[None], dtype=np.float32)
 
 
+def _spots(places: np.ndarray, weight: np.ndarray, size: int, sigma: float, tail: Range) -> np.ndarray:
+    """Sum (y, x) of spots at places (atom, 2) [px], each of a volume given by its weight.
+
+    A spot is a Gaussian of sigma [px] of which a share has another sigma, both in `tail`.
+    """
+    border = int(np.ceil(2 * sigma)) + 2  # what lies just outside the view shines into it
+    edge = next_fast_len(size + 2 * border, real=True)
+    first = np.floor(places).astype(int)
+    rest = places - first
+    grid = np.zeros((edge, edge), np.float32)
+    for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        rows, cols = first[:, 0] + border + dy, first[:, 1] + border + dx
+        inside = (rows >= 0) & (rows < edge) & (cols >= 0) & (cols < edge)
+        share = np.abs(1 - dy - rest[:, 0]) * np.abs(1 - dx - rest[:, 1]) * weight
+        np.add.at(grid, (rows[inside], cols[inside]), share[inside].astype(np.float32))
+    square = np.fft.fftfreq(edge)[:, None] ** 2 + np.fft.rfftfreq(edge) ** 2
+    share, wide = tail
+    blur = (1 - share) * np.exp(-2 * (np.pi * sigma) ** 2 * square) + share * np.exp(-2 * (np.pi * wide) ** 2 * square)
+    image = irfft2(rfft2(grid) * blur.astype(np.float32), s=(edge, edge))
+    return np.asarray(image[border : border + size, border : border + size])
+
+
 def _cloud(rng: np.random.Generator, size: int, sampling: float) -> np.ndarray:
     """Uneven brightness (y, x), at least 0 and about 1 where it is brightest: what lies on a sheet."""
-    cloud = np.zeros((size, size))
+    coarse = int(np.ceil(size * sampling / CLOUD)) + 1
+    cloud = np.zeros((coarse, coarse))
     for _ in range(2):
-        coarse = rng.standard_normal((size, size))
-        width = np.exp(rng.uniform(np.log(0.6), np.log(8.0))) / sampling
-        part = gaussian_filter(coarse, width, mode="wrap", truncate=3.0)
+        width = np.exp(rng.uniform(np.log(0.6), np.log(8.0))) / CLOUD
+        part = gaussian_filter(rng.standard_normal((coarse, coarse)), width, mode="wrap", truncate=3.0)
         cloud += rng.random() * part / max(float(part.std()), 1e-9)
-    return np.asarray(np.maximum(cloud, 0) / max(float(np.abs(cloud).max()), 1e-9))
+    cloud = np.maximum(cloud, 0) / max(float(np.abs(cloud).max()), 1e-9)
+    fine = np.linspace(0, coarse - 1, size)
+    rows = np.stack([np.interp(fine, np.arange(coarse), line) for line in cloud])
+    return np.stack([np.interp(fine, np.arange(coarse), line) for line in rows.T], axis=1)
 
 
 def _jittered(image: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:

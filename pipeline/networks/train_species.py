@@ -141,13 +141,19 @@ def verdict(
 
 
 def calibrated(spec: SpeciesSpec, network: torch.nn.Module) -> float:
-    """The temperature at which class probabilities of images never trained on are likeliest."""
+    """The temperature at which class probabilities of images never trained on are likeliest.
+
+    The element of a place is taken as known: in a run the sites around tell it.
+    """
     found = verdict(spec, network, judged(spec, CALIBRATION, stream=10))
+    hosts = np.array(spec.hosts)
     logs = np.log(np.maximum(found.probabilities, 1e-12))
+    logs = np.where(hosts == hosts[found.truth][:, None], logs, -1e3)
     rows = np.arange(len(found.truth))
 
     def likelihood(temperature: float) -> float:
         scaled = logs / temperature
+        scaled = scaled - scaled.max(1, keepdims=True)
         return float((scaled[rows, found.truth] - np.log(np.exp(scaled).sum(1))).mean())
 
     return round(float(max(TEMPERATURES, key=likelihood)), 3)
