@@ -60,11 +60,14 @@ def fit_camera(
     which offset and readout noise are taken unless they are given.
     """
     frames, rounding = _sample(source, dataset)
+    notes: list[str] = []
     if dark is not None:
         unlit, unlit_rounding = _sample(dark, dataset)
         found = fit_dark(unlit, rounding=unlit_rounding)
         offset = found.offset if offset is None else offset
         readout = found.readout if readout is None else readout
+        if found.clipped:
+            notes.append("dark readings were cut off at zero; offset and readout are from those above")
     smallest = min(frames.shape[1:]) if not regions else min(min(region[2:]) for region in regions)
     tile = next((tile for tile in TILES if TIMES * tile <= smallest), TILES[-1])
     if not regions:
@@ -76,6 +79,7 @@ def fit_camera(
         ]
     levels = noise_spectra(frames, regions, tile=tile)
     fit = fit_detector(levels, offset=offset, readout=readout, rounding=rounding)
+    fit = fit._replace(notes=(*notes, *fit.notes))
     return Camera(fit, levels, regions, frames.mean(0), rounding, source, len(frames))
 
 

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import least_squares
 
 from pipeline.steps.vacuum import Level
+from schemas.errors import SourceError
 
 Floats = NDArray[np.float64]
 
@@ -27,7 +28,7 @@ LOW = np.array([1e-9, 0.0, np.log(0.01), np.log(0.3), 0.0])
 HIGH = np.array([np.inf, 0.95, np.log(3.0), np.log(12.0), np.inf])
 BLURRED = 25.0  # by how much the blur must lower chi² to be believed: three parameters, about 4 sigma
 TELLING = 2.0  # standard errors at which c1 is told from zero
-POOR = 3.0  # chi² from which on the spectrum is not of this form
+POOR, MISFIT = 3.0, 0.1  # chi², and rms relative difference, from which on a spectrum is not of this form
 HOPELESS = 0.1  # standard error of c1 beyond which it is left out: it is 0 to 0.1 in cameras
 BLUNT = 0.1  # relative standard error of c1 from which on a remedy is named
 # A ring's mean scatters less than the bins that its tile has in common with other rings would let expect: only
@@ -96,10 +97,11 @@ def fit_detector(levels: list[Level], *, offset: float | None, readout: float | 
         given[5] = 0.0
         best = _solve(levels, given)
     notes = []
-    if best.chi2 > POOR * best.freedom:
+    misfit = _misfit(best.values, levels)
+    if best.chi2 > POOR * best.freedom and misfit > MISFIT:
         notes.append(
-            f"chi² is {best.chi2 / best.freedom:.1f}: the spectrum is not of this form; no vacuum, frames that were "
-            "scanned or processed, or a camera of another kind"
+            f"the spectrum is not of this form (off by {misfit:.0%} rms, chi² {best.chi2 / best.freedom:.1f}): no "
+            "vacuum, frames that were scanned or processed, or a camera of another kind"
         )
     if offset is None and given[5] == 0.0:
         notes.append("the reading without beam cannot be known from one brightness; taken as 0 (give offset or dark)")
@@ -150,6 +152,12 @@ def _model(values: Floats, level: Level) -> Floats:
     gain, plateau, c2, c3, white, offset = values
     mtf = (1 - plateau) / (1 + (level.k / (2 * np.exp(c2))) ** np.exp(c3)) + plateau
     return np.asarray(np.maximum(gain * (level.mean - offset) * mtf**2 + white, 1e-12), np.float64)
+
+
+def _misfit(values: Floats, levels: list[Level]) -> float:
+    """Root of the mean squared relative difference between spectra and model."""
+    off = np.concatenate([level.power / _model(values, level) - 1 for level in levels])
+    return float(np.sqrt(np.mean(np.square(off))))
 
 
 def _deviance(values: Floats, levels: list[Level]) -> Floats:
@@ -203,19 +211,31 @@ def _filled(given: Floats, part: Floats) -> Floats:
 
 
 class Dark(NamedTuple):
-    """Frames without beam: mean reading [counts] and readout noise [counts rms], rounding not included."""
+    """Frames without beam: mean reading [counts] and readout noise [counts rms], rounding not included; and whether
+    readings below zero were cut off, so that both had to be found from the upper half."""
 
     offset: float
     readout: float
+    clipped: bool
 
 
 def fit_dark(frames: NDArray[np.floating], *, rounding: float) -> Dark:
     """Offset and readout noise of frames (time, y, x) [counts] without beam.
 
-    The noise is that over time; of a single frame, that of neighbouring pixels against one another.
+    The noise is that over time; of a single frame, that of neighbouring pixels against one another. Where more than 2 %
+    of the readings are zero, the median and the spread above it are taken. Raises SourceError where half of them are
+    zero or more.
     """
+    zeros = float(np.mean(frames <= 0))
+    if zeros >= 0.6:
+        raise SourceError(f"{zeros:.0%} of the dark readings are zero; expected a camera that adds an offset to them")
+    if zeros > 0.02:
+        middle = float(np.median(frames))
+        above = frames[frames > middle].astype(np.float64) - middle
+        variance = float(np.square(above).sum()) / (0.5 * frames.size)
+        return Dark(middle, max(variance - rounding, 0.0) ** 0.5, True)
     if len(frames) > 1:
         variance = float(frames.var(0, ddof=1, dtype=np.float64).mean())
     else:
         variance = float(np.diff(frames[0].astype(np.float64), axis=1).var() / 2)
-    return Dark(float(frames.mean(dtype=np.float64)), max(variance - rounding, 0.0) ** 0.5)
+    return Dark(float(frames.mean(dtype=np.float64)), max(variance - rounding, 0.0) ** 0.5, False)

@@ -18,6 +18,7 @@ LOW_BAND, MIDDLE_BAND = (0.012, 0.08), (0.12, 0.25)  # cycles/px; specimens have
 MOST_SQUARES, MOST_SPECTRA = 1024, 16_384  # that are looked at
 FINEST = 0.35  # cycles/px; a lattice is looked for up to here, since blurred noise falls steeply beyond
 LOWEST = 2.5  # bins of a tile from k = 0 that slow gradients reach through the window
+LOWEST_ALONE = 6.0  # of a single frame, in which halos of the specimen cannot be told from noise
 MOST_LEVELS = 4
 MOST_UNLIKE = 0.4  # part of the usual brightness by which vacuum may differ within the frame
 SPIKE = 8.0  # standard deviations at which X-rays and hot pixels are cut off
@@ -132,7 +133,8 @@ def noise_spectra(frames: NDArray[np.floating], regions: list[Region], *, tile: 
             number[one] += len(some)
             brightness[one] += course[level == one].sum()
     overlaps = OVERLAP if len(places) > 1 else 1.0
-    return [_rings(t / n, n / overlaps, b / n) for t, n, b in zip(total, number, brightness, strict=True) if n]
+    lowest = (LOWEST if len(frames) > 1 else LOWEST_ALONE) / tile
+    return [_rings(t / n, n / overlaps, b / n, lowest) for t, n, b in zip(total, number, brightness, strict=True) if n]
 
 
 def _residuals(squares: Floats) -> Floats:
@@ -179,13 +181,13 @@ def _levels(means: Floats) -> Floats:
     return np.array([-np.inf, *np.linspace(low, high, MOST_LEVELS + 1)[1:-1], np.inf])
 
 
-def _rings(power: Floats, squares: float, mean: float) -> Level:
+def _rings(power: Floats, squares: float, mean: float, lowest: float) -> Level:
     """Mean over rings, without the axes (rows and columns that were read out together) and single bright bins."""
     tile = len(power)
     k = _frequencies(tile)
     ring = np.rint(k * tile).astype(np.intp)
     ky, kx = np.abs(np.fft.fftfreq(tile))[:, None], np.fft.rfftfreq(tile)
-    usable = (k >= LOWEST / tile) & (ky > 1.5 / tile) & (kx > 1.5 / tile) & (kx < 0.5)
+    usable = (k >= lowest) & (ky > 1.5 / tile) & (kx > 1.5 / tile) & (kx < 0.5)
     for _ in range(2):
         number = np.bincount(ring[usable], minlength=ring.max() + 1)
         level = np.bincount(ring[usable], power[usable], ring.max() + 1) / np.maximum(number, 1)

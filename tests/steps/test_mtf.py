@@ -165,12 +165,30 @@ def test_without_vacuum_a_region_is_asked_for():
         noise_spectra(frames, [(0, 0, 40, 40)], tile=64)
 
 
+def test_a_spectrum_of_another_form_is_called_so():
+    k = np.linspace(0.03, 0.7, 80)
+    comb = 100 * (1 + 0.8 * np.sign(np.sin(40 * k)))
+    fit = fit_detector([Level(100.0, k, comb, np.full(80, 1e3))], offset=0.0, readout=0.0, rounding=0.0)
+    assert any("not of this form" in note for note in fit.notes)
+
+
 def test_dark_frames_give_offset_and_readout():
     generator = np.random.default_rng(0)
     pattern = generator.normal(20, 2, (64, 64))
     frames = np.rint(pattern + generator.normal(0, 3, (6, 64, 64)))
     dark = fit_dark(frames, rounding=ROUNDING)
-    assert dark == pytest.approx((20, 3), rel=0.02)
+    assert dark[:2] == pytest.approx((20, 3), rel=0.02)
+    assert not dark.clipped
     assert fit_dark(np.rint(20 + generator.normal(0, 3, (1, 64, 64))), rounding=ROUNDING).readout == pytest.approx(
         3, rel=0.05
     )
+
+
+def test_dark_frames_that_were_cut_off_at_zero():
+    generator = np.random.default_rng(0)
+    cut = np.clip(np.rint(2.0 + generator.normal(0, 4, (4, 64, 64))), 0, None)
+    dark = fit_dark(cut, rounding=ROUNDING)
+    assert dark.clipped
+    assert dark[:2] == pytest.approx((2, 4), rel=0.05)
+    with pytest.raises(SourceError, match="expected a camera that adds an offset"):
+        fit_dark(np.zeros((2, 8, 8)), rounding=ROUNDING)
