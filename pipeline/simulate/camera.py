@@ -9,11 +9,15 @@ import numpy as np
 from scipy.fft import fft2, ifft2, next_fast_len
 
 from pipeline.simulate import detector, imaging
+from pipeline.simulate.field_camera import FieldObject
+from pipeline.simulate.projected import onto_detector
 from pipeline.simulate.scene import BORDER, Scene, columns_of
 from pipeline.simulate.spec import MovieSpec
 
 DEFOCI = np.arange(-100.0, 101.0, 10.0)  # Å, scanned when a spec names a contrast and no defocus
 STAYS = np.zeros(2)
+FIELD_DEFOCUS = 1500.0  # Å, where a field names none
+FIELD_BORDER = 16  # px around a field that Fresnel fringes may come from
 SCAN_SHARES = np.array([0.4, 1.0])  # a scan is less steady along its fast axis, x
 
 
@@ -23,13 +27,15 @@ class Camera:
     def __init__(self, scene: Scene) -> None:
         self.scene, spec = scene, scene.spec
         # A shifted wave brings the canvas' wrap into view unless the border is as wide as the drift.
-        border = BORDER + (spec.drift_limit if spec.still else 0.0)
+        border = BORDER + (spec.drift_limit if spec.still or spec.kind == "field" else 0.0)
+        border += FIELD_BORDER * spec.sampling if spec.kind == "field" else 0.0
         self.gpts = next_fast_len(max(spec.shape) + 2 * int(np.ceil(border / spec.sampling)))
         self.corner = (self.gpts - np.array(spec.shape)) // 2
         self.middle = self.gpts * spec.sampling / 2
         self.origin = self.corner - self.gpts / 2
         self.kept: dict[tuple[bytes, float], np.ndarray] = {}
         self.waves: dict[object, Any] = {}
+        self.field = FieldObject(scene, self.gpts) if spec.kind == "field" else None
 
     def find_planes(self) -> tuple[float, ...]:
         """Defoci [Å] at which every frame is imaged: those of the focal series, or one."""
@@ -69,7 +75,7 @@ class Camera:
         truth = columns_of(self.scene, 0, self.origin)
         truth = truth[truth["visible"]]
         if spec.mode == "haadf" or not len(truth):
-            return 0.0 if spec.mode == "haadf" else 60.0
+            return 0.0 if spec.mode == "haadf" else FIELD_DEFOCUS if self.field is not None else 60.0
         wave = self.wave(0, self.scene.drift[0])
         sign = 1 if spec.contrast == "bright" else -1
         y, x = truth["y"] + self.corner[0], truth["x"] + self.corner[1]
@@ -90,6 +96,8 @@ class Camera:
     def wave(self, frame: int, drift: np.ndarray) -> Any:
         """The abTEM wave that leaves the specimen of one frame, moved by a drift (2,) [Å]."""
         spec = self.scene.spec
+        if self.field is not None:
+            return self.field.wave(frame, drift)
         points, numbers = self._placed(frame, drift)
         return imaging.exit_wave(points, numbers, gpts=self.gpts, sampling=spec.sampling, energy=spec.energy)
 
@@ -100,6 +108,12 @@ class Camera:
 
     def _canvas(self, frame: int, defocus: float, shift: np.ndarray) -> np.ndarray:
         spec, drift = self.scene.spec, self.scene.drift[frame]
+        if self.field is not None:
+            if spec.mode == "haadf":
+                return onto_detector(self.field.haadf(frame, drift))
+            wave = self._kept_wave(frame, lambda: self.wave(frame, drift))
+            spectrum = fft2(self.with_ctf(wave, defocus, complex_wave=True)) if shift.any() else None
+            return onto_detector(self.with_ctf(wave, defocus) if spectrum is None else self._moved(spectrum, shift))
         if spec.mode == "haadf":
             points, numbers = self._placed(frame, drift)
             return imaging.haadf(points, numbers, gpts=self.gpts, sampling=spec.sampling, probe=spec.probe)
@@ -131,8 +145,8 @@ class Camera:
 
     def _moved(self, spectrum: np.ndarray, shift: np.ndarray) -> np.ndarray:
         """Intensity of the canvas whose Fourier transform is given, moved by a shift (2,) [Å]."""
-        k = np.fft.fftfreq(self.gpts)
-        dy, dx = shift / self.scene.spec.sampling
+        k = np.fft.fftfreq(len(spectrum))
+        dy, dx = shift / self.scene.spec.sampling * (len(spectrum) / self.gpts)
         moved = ifft2(spectrum * (np.exp(-2j * np.pi * k * dy)[:, None] * np.exp(-2j * np.pi * k * dx)))
         return (moved.real if self.scene.spec.mode == "haadf" else np.abs(moved) ** 2).astype(np.float32)
 

@@ -10,6 +10,7 @@ from ase.data import chemical_symbols
 
 from pipeline.simulate import motion
 from pipeline.simulate.spec import KINDS, MovieSpec
+from pipeline.simulate.structures.field import field
 from pipeline.simulate.structures.film import carbon
 from pipeline.simulate.structures.nanoparticle import Particle, nanoparticle
 from pipeline.simulate.structures.sheet import SHEETS, Defects, sheet
@@ -19,6 +20,7 @@ from pipeline.simulate.structures.specimen import Specimen, empty, joined, moved
 __all__ = ["BORDER", "COLUMN_DTYPE", "KINDS", "MovieSpec", "Scene", "build_scene", "columns_of"]
 
 BORDER = 4.0  # Å simulated around the view, where the periodic canvas wraps round
+FIELD_RADIUS = 20.0  # Å, where a field names no radius
 MOST_SMEAR = 1.2  # Å across which the atoms of a tilted column may be spread for it to count as visible
 COLUMN_DTYPE = np.dtype(
     [
@@ -86,7 +88,7 @@ def build_scene(spec: MovieSpec, seed: int) -> Scene:
     rng = np.random.default_rng([seed, 1])
     reach = max(spec.field_of_view) / 2 + BORDER + spec.drift_limit
     crystal = _crystal(rng, spec, reach)
-    bare = spec.kind in ("vacuum", *SHEETS) or not spec.carbon
+    bare = spec.kind in ("vacuum", "field", *SHEETS) or not spec.carbon
     film = np.zeros((0, 3)) if bare else carbon(rng, reach=reach, thickness=spec.carbon, cover=spec.carbon_cover)
     lift = spec.carbon + 1.0 if len(film) else 0.0
     crystal = replace(crystal, positions=crystal.positions + np.array([0.0, 0.0, lift]))
@@ -100,7 +102,7 @@ def build_scene(spec: MovieSpec, seed: int) -> Scene:
         spec.frames,
         eligible=_units(crystal, eligible & thick),
         events=spec.events,
-        at_first=0.4 if spec.kind == "nanoparticle" else 1.0,
+        at_first={"nanoparticle": 0.4, "field": 0.9}.get(spec.kind, 1.0),
     )
     there[:, crystal.absent] = False
     column = np.zeros(len(crystal.movable), int)
@@ -137,9 +139,15 @@ def _crystal(rng: np.random.Generator, spec: MovieSpec, reach: float) -> Specime
             mobile=spec.hops > 0,
         )  # fmt: skip
         return sheet(rng, kind=spec.kind, reach=reach, defects=defects)
+    half = np.array(spec.field_of_view) / 2
+    if spec.kind == "field":
+        radius = spec.radius or FIELD_RADIUS
+        return field(
+            rng, element=spec.element, shapes=spec.shapes, count=spec.particles, radius=radius,
+            size_spread=spec.size_spread, half=half + radius, gap=spec.gap,
+        )  # fmt: skip
     if spec.kind != "nanoparticle":
         return empty()
-    half = np.array(spec.field_of_view) / 2
     parts: list[Specimen] = []
     taken: list[np.ndarray] = []
     tilts = spec.tilts or (spec.tilt,) * spec.particles
@@ -176,6 +184,8 @@ def columns_of(scene: Scene, frame: int, origin: np.ndarray) -> np.ndarray:
     the particles; site: the lattice site; −1 where there is none.
     """
     spec, crystal = scene.spec, scene.crystal
+    if spec.kind == "field":
+        return np.zeros(0, COLUMN_DTYPE)
     points, numbers, column = scene.atoms(frame)
     points, numbers, column = (a[column >= 0] for a in (points, numbers, column))
     count = np.bincount(column, minlength=crystal.count)

@@ -8,14 +8,15 @@ from pipeline.simulate.imaging import Lens
 from pipeline.simulate.structures.sheet import SHEETS
 from schemas.errors import SettingsError
 
-KINDS = ("nanoparticle", *SHEETS, "carbon", "vacuum")
+KINDS = ("nanoparticle", "field", *SHEETS, "carbon", "vacuum")
 
 
 @dataclass(frozen=True)
 class MovieSpec:
     """What to simulate. Lengths in Å, energy in keV, dose in e⁻/Å² per frame, angles in degrees, times in seconds.
 
-    kind: nanoparticle, graphene, hbn, mos2, wse2, carbon (film only) or vacuum (pure noise).
+    kind: nanoparticle, field (many particles at 0.5 to 3 Å per pixel), graphene, hbn, mos2, wse2, carbon (film only) or
+    vacuum (pure noise).
     contrast: bright or dark atoms in HRTEM; the defocus (> 0 is underfocus) is then found by a scan unless it is given.
     drift_step and drift_jitter are per frame; drift_limit bounds the drift. mtf: coefficients c0, c1, c2, c3 or None.
     thickness: particles are flattened to this along the beam, as supported ones are; much thicker gold reverses its
@@ -24,6 +25,8 @@ class MovieSpec:
     plane_drift: rms shift of its planes against each other. scan_jitter: rms displacement of scanned rows (HAADF).
     shapes: drawn from for each particle. zone: 100, 110, 111 or random. adatoms: columns of 1 to 3 atoms beside each
     particle's rim; particle_vacancies: share of a particle's atoms that is missing. hops: how often something moves.
+    In a field `particles` is how many are placed in and around the view, `radius` their median, size_spread the spread
+    of its logarithm, gap the least distance between them (negative: they may overlap).
     vacancies, double_vacancies, substitutions (Se for S, Te for Se), metal_substitutions (W for Mo, Mo for W), dopants
     (Si for C): shares of a sheet's atoms; groups of Si in graphene: 3-fold, 4-fold, dimer, trimer; atomwise: events of
     a sheet move one atom of a pair.
@@ -50,6 +53,8 @@ class MovieSpec:
     particles: int = 1
     tilt: float = 0.0
     tilts: tuple[float, ...] | None = None
+    size_spread: float = 0.25
+    gap: float = 4.0
     carbon: float = 6.0
     carbon_cover: float = 0.6
     carbon_walk: float = 0.1
@@ -127,7 +132,7 @@ class MovieSpec:
     @property
     def still(self) -> bool:
         """Whether nothing but drift and events changes, so that one wave serves many frames."""
-        return not (self.carbon_walk or self.vibration or self.rotation_step)
+        return self.kind != "field" and not (self.carbon_walk or self.vibration or self.rotation_step)
 
     @property
     def least_atoms(self) -> int:
