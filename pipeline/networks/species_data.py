@@ -63,9 +63,11 @@ def specimen(spec: SpeciesSpec, rng: np.random.Generator, *, half: float) -> Spe
     keep = rng.random(len(points)) >= rng.uniform(0, spec.absent) if spec.absent else np.ones(len(points), bool)
     if rng.random() < spec.holes:
         keep &= _outside_hole(points, rng, half)
+    if rng.random() < spec.vacuum:
+        keep[:] = False
     points, classes = points[keep], classes[keep]
     stacks = [stack for stack, kept in zip(stacks, keep, strict=True) if kept]
-    if spec.clusters:
+    if spec.clusters and len(points):
         points, classes, stacks = _clustered(spec, rng, points, classes, stacks)
     return _filled(spec, rng, points, classes, stacks)
 

@@ -29,7 +29,8 @@ class SpeciesSpec:
     host: a sheet of simulate.structures; columns: for each element of the host the classes its sites may have, its own
     first; shares: range of the share of sites with each other class, drawn anew for every specimen (log-uniform);
     clusters: most share of sites that begin a group of foreign atoms (pairs, triples, one atom in a double vacancy);
-    absent: most share of sites that are empty and of no class; sampling: of the network; sampling_range: of frames it
+    absent: most share of sites that are empty and of no class; holes: share of the sheets that have one or end in the
+    view; vacuum: share of the views that hold nothing; sampling: of the network; sampling_range: of frames it
     may be shown. Ranges (low, high) are uniform unless said otherwise; dose is log-uniform, per image.
     """
 
@@ -42,6 +43,7 @@ class SpeciesSpec:
     clusters: float = 0.0
     absent: float = 0.0
     holes: float = 0.25
+    vacuum: float = 0.05
     strain: float = 0.02
     sampling: float = 0.2
     sampling_range: Range = (0.1, 0.25)
