@@ -26,7 +26,7 @@ CASES = {
     "Au [100], dark": MovieSpec(zone="100", contrast="dark"),
     "Au [111], bright": MovieSpec(zone="111"),
     "Pt [110], bright": MovieSpec(element="Pt"),
-    "Au [110] among off-zone particles": MovieSpec(particles=3, tilts=(0.0, 9.0, 17.0), radius=9.5),
+    "Au [110] among off-zone particles": MovieSpec(shape=(320, 320), particles=3, tilts=(0.0, 9.0, 17.0), radius=8.5),
     "MoS2 80 kV, bright": MovieSpec(kind="mos2", energy=80.0, sampling=0.12),
     "MoS2 80 kV, dark": MovieSpec(kind="mos2", energy=80.0, sampling=0.12, contrast="dark"),
     "graphene 80 kV, bright": MovieSpec(kind="graphene", energy=80.0, sampling=0.1),

@@ -17,7 +17,8 @@ DOUBT = 0.8  # Å around columns that are too thin or blurred to be demanded
 OFF_ZONE = 5.0  # degrees from which on a particle shows fringes rather than columns
 DEFOCI = np.arange(-140.0, 141.0, 20.0)  # Å
 VIEWS = 3  # images of one specimen at different defoci
-FAMILIES = {"particle": 0.46, "sheet": 0.25, "film": 0.15, "vacuum": 0.04, "singles": 0.10}
+SHAPES = ("faceted", "sphere", "truncated octahedron", "cuboctahedron")
+FAMILIES = {"particle": 0.43, "sheet": 0.26, "film": 0.17, "vacuum": 0.04, "singles": 0.10}
 
 
 Found = list[tuple[float, int, np.ndarray]]  # merit, sign of the contrast, image
@@ -86,6 +87,8 @@ def _sheet(rng: np.random.Generator, common: dict[str, Any]) -> MovieSpec:
         energy=float(rng.choice([60.0, 80.0, 200.0, 300.0], p=[0.25, 0.45, 0.15, 0.15])),
         vacancies=float(rng.choice([0.0, 0.02, 0.08])),
         dopants=float(rng.choice([0.0, 0.02, 0.1], p=[0.4, 0.3, 0.3])),
+        groups=("trimer", "dimer") if kind == "graphene" and rng.random() < 0.3 else (),
+        substitutions=float(rng.choice([0.0, 0.15])) if kind == "wse2" else 0.0,
         hole=float(rng.choice([0.0, rng.uniform(3, 12)])),
     )
 
@@ -103,9 +106,12 @@ def _particles(rng: np.random.Generator, common: dict[str, Any]) -> MovieSpec:
         element=str(rng.choice(["Au", "Pt", "Ag", "Pd", "Cu", "Ni"], p=[0.55, 0.15, 0.1, 0.1, 0.05, 0.05])),
         zone=str(rng.choice(["110", "100", "111"], p=[0.5, 0.28, 0.22])),
         tilts=tuple(float(tilt) for tilt in tilts),
+        shapes=SHAPES,
+        particle_vacancies=float(rng.choice([0.0, 0.02, 0.06])),
+        adatoms=int(rng.choice([0, 3])),
         thickness=float(rng.uniform(8, 28)),
         particles=particles,
-        radius=float(rng.uniform(7, 18 if particles == 1 else 11)),
+        radius=float(rng.uniform(7, 18) if particles == 1 else rng.uniform(4.5, 8)),
     )
 
 

@@ -36,9 +36,9 @@ class ColumnTraining:
     """
 
     seed: int = 31
-    scenes: int = 620
+    scenes: int = 640
     check_scenes: int = 48
-    steps: int = 1800
+    steps: int = 2200
     batch: int = 8
     rate: float = 4e-3
     check_every: int = 200
