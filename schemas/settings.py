@@ -193,7 +193,7 @@ class Fourier(Section):
     band: tuple[Positive, Positive] = Field(
         (0.3, 0.9), description="[low, high] spatial frequencies of lattice peaks in 1/Å"
     )
-    significance: Positive = Field(8.0, description="least power of a peak over the background at its frequency")
+    significance: Positive = Field(12.0, description="least power of a peak over the background at its frequency")
     threshold: Positive = Field(
         10.0, description="brightest-to-dimmest ratio of symmetric peaks up to which a lattice can be interpreted"
     )
