@@ -134,3 +134,43 @@ def missing_atoms(species: Sequence[str]) -> int:
     paired = {name[1:] for name in names if name[:1] in ("1", "2")}
     empty = [name[1:] for name in names if name[:1] == "0"]
     return sum(name[:1] == "1" for name in names) + sum(2 if element in paired else 1 for element in empty)
+
+
+class Roc(NamedTuple):
+    """How well a number that is small for wanted cases tells them from others: rates (threshold,) at which others and
+    wanted are called wanted if they are at most the threshold (threshold,), rising; area under that curve and its
+    standard error (Hanley and McNeil, Radiology 143 (1982) 29); best: threshold where the rates differ most."""
+
+    false: Floats
+    true: Floats
+    threshold: Floats
+    area: float
+    error: float
+    best: float
+
+
+def roc(wanted: NDArray[np.floating], others: NDArray[np.floating]) -> Roc:
+    """Receiver-operating curve of numbers of wanted cases and of others (case,); NaN counts as infinitely large."""
+    one, other = (np.sort(np.nan_to_num(np.asarray(v, np.float64), nan=np.inf)) for v in (wanted, others))
+    threshold = np.unique(np.concatenate([one, other]))
+    true = np.searchsorted(one, threshold, side="right") / max(len(one), 1)
+    false = np.searchsorted(other, threshold, side="right") / max(len(other), 1)
+    below, tied = (np.searchsorted(other, one, side=side) for side in ("left", "right"))
+    area = float(1 - (below + tied).mean() / 2 / len(other)) if len(one) and len(other) else float("nan")
+    first, second = area / (2 - area), 2 * area**2 / (1 + area)
+    variance = area * (1 - area) + (len(one) - 1) * (first - area**2) + (len(other) - 1) * (second - area**2)
+    error = float(np.sqrt(max(variance, 0) / max(len(one) * len(other), 1)))
+    return Roc(false, true, threshold, area, error, _between(threshold, true - false))
+
+
+def _between(threshold: Floats, gain: Floats) -> float:
+    """Geometric middle between the last threshold of the greatest gain and the next number."""
+    if not len(threshold):
+        return float("nan")
+    last = int(np.flatnonzero(gain >= gain.max() - 1e-12)[-1])
+    after = threshold[min(last + 1, len(threshold) - 1)]
+    return (
+        float(np.sqrt(threshold[last] * after))
+        if np.isfinite(after) and threshold[last] > 0
+        else float(threshold[last])
+    )

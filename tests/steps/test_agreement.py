@@ -13,6 +13,7 @@ from pipeline.steps.agreement import (
     confusion,
     match_particles,
     missing_atoms,
+    roc,
 )
 
 
@@ -89,3 +90,27 @@ def test_missing_atoms_of_paired_and_single_sites():
     assert missing_atoms(["C", "C", "0C", "Si"]) == 1
     assert missing_atoms(["W", "TeSe", "2Te", "1Se", "0Se"]) == 3
     assert missing_atoms([]) == 0
+
+
+def test_the_area_under_the_curve_is_the_share_of_pairs_in_order():
+    wanted, others = np.array([1.0, 1.2, 3.0]), np.array([2.0, 5.0, np.nan, 1.2])
+    found = roc(wanted, others)
+    pairs = [1.0 if a < b else 0.5 if a == b else 0.0 for a in wanted for b in np.nan_to_num(others, nan=np.inf)]
+    assert found.area == pytest.approx(np.mean(pairs))
+    assert found.true[-1] == found.false[-1] == 1.0
+    at = np.flatnonzero(found.threshold == 1.2)[0]
+    assert (found.true[at], found.false[at]) == (2 / 3, 1 / 4)
+
+
+def test_a_threshold_between_what_is_told_apart():
+    found = roc(np.array([1.0, 1.1, 1.3]), np.array([2.6, 9.0, np.nan]))
+    assert (found.area, found.error) == (1.0, 0.0)
+    assert 1.3 < found.best < 2.6
+    swapped = roc(np.array([3.0, 4.0]), np.array([1.0, 2.0]))
+    assert swapped.area == 0.0
+
+
+def test_the_standard_error_of_the_area_is_that_of_repetition():
+    generator = np.random.default_rng(0)
+    found = [roc(generator.normal(0, 1, 60), generator.normal(1.5, 1, 60)) for _ in range(300)]
+    assert np.std([one.area for one in found]) == pytest.approx(np.mean([one.error for one in found]), rel=0.15)
