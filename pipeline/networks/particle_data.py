@@ -198,7 +198,7 @@ def prepared(example: Example, rng: np.random.Generator, spec: ParticleSpec, *, 
     shown = segment.prepare_particles(tensor, sampling=sampling, model_sampling=spec.sampling)
     target = torch.from_numpy(mask.astype(np.float32))[None, None]
     target = functional.interpolate(target, size=shown.shape, mode="bilinear", antialias=True, align_corners=False)
-    return Prepared(shown[None], target[0])
+    return Prepared(shown[None], target[0].clamp(0.0, 1.0))
 
 
 def _binned(image: np.ndarray, factor: float) -> np.ndarray:
