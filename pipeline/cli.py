@@ -304,7 +304,7 @@ def status(folder: Annotated[Path, typer.Argument(help="folder of the runs")]) -
 def query(
     runs: Annotated[list[str], typer.Argument(help="one or more runs or folders of runs, then the condition")],
     select: Annotated[str | None, typer.Option(help="variables to show, separated by commas")] = None,
-    table: Annotated[str | None, typer.Option(help="frames or columns; default: by the names used")] = None,
+    table: Annotated[str | None, typer.Option(help="frames, columns or particles; default: by the names used")] = None,
     form: Annotated[str, typer.Option("--format", help="table, csv, parquet or netcdf")] = "table",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="file to write; csv may go to the screen")

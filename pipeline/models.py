@@ -6,7 +6,7 @@ import functools
 import hashlib
 
 from pipeline.networks.weights import Loaded, load_weights, resolve
-from pipeline.steps import species
+from pipeline.steps import segment, species
 from pipeline.steps.species import SpeciesModel
 from schemas.errors import SettingsError
 from schemas.settings import Settings
@@ -57,13 +57,14 @@ def particle_range(settings: Settings) -> tuple[float, float] | None:
         return None
     facts = network(settings.particles.model, "cpu").metadata
     try:
-        low, high = (float(value) for value in facts["sampling_range"])
+        limits = zip(facts["sampling_range"], segment.PARTICLE_SAMPLING_RANGE, strict=True)
+        (low, least), (high, most) = ((float(one), float(other)) for one, other in limits)
     except (KeyError, TypeError, ValueError):
         raise SettingsError(
             f"the weights {settings.particles.model!r} state no sampling_range; expected those of a particle network; "
             "set particles.model to one, or to none"
         ) from None
-    return low, high
+    return max(low, least), min(high, most)
 
 
 def particle_halo(settings: Settings) -> int:

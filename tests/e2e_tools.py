@@ -68,6 +68,18 @@ def untrained(folder: Path) -> dict[str, str]:
     return paths
 
 
+def linear(path: Path, weights: np.ndarray, bias: np.ndarray, **facts) -> str:
+    """Weights (output, input) of a network whose logits are linear in each pixel: a network whose answer is known."""
+    outputs, inputs = weights.shape
+    network = build("msdnet", {"inputs": inputs, "outputs": outputs, "width": 1, "dilations": [1]})
+    with torch.no_grad():
+        network.last.weight.zero_()
+        network.last.weight[:, :inputs, 0, 0] = torch.as_tensor(weights)
+        network.last.bias[:] = torch.as_tensor(bias)
+    save_weights(network, path, facts)
+    return str(path)
+
+
 def job(movies, output: Path, **settings):
     """A job of movie files; ``settings`` may use double underscores or dots in names."""
     nested: dict = {}
@@ -88,13 +100,13 @@ def run_job(movies, output: Path, *, workers: int | None = None, redo=None, prog
 
 
 def tables(run_path: Path) -> dict[str, xr.Dataset]:
-    """``/frames`` and ``/columns`` of a run, loaded."""
+    """``/frames``, ``/columns`` and ``/particles`` of a run, loaded."""
     with xr.open_datatree(run_path, engine="zarr", consolidated=False) as tree:
-        return {name: tree[name].to_dataset().load() for name in ("frames", "columns")}
+        return {name: tree[name].to_dataset().load() for name in ("frames", "columns", "particles")}
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Every variable of /frames and /columns that is not bit for bit the same in two runs."""
+    """Every variable of the tables that is not bit for bit the same in two runs."""
     found = []
     ours, theirs = tables(one), tables(other)
     for group, table in ours.items():

@@ -59,7 +59,7 @@ def as_text(answer: Answer, limit: int | None = 20) -> str:
         held += len(shown[-1])
     filled = [part for part in shown if len(part)] or shown[:1]
     text = pd.concat(filled).rename(columns={name: _titled(answer, name) for name in answer.names})
-    kind = {"frames": "frame", "columns": "column"}[answer.table]
+    kind = answer.table.removesuffix("s")
     of = f" of {rows:,}" if held < rows else ""
     total = f"{held:,}{of} {kind}{'' if rows == 1 else 's'}"
     body = text.to_string(index=False, float_format=lambda value: f"{value:.5g}", na_rep="–") + "\n" if rows else ""
@@ -118,7 +118,7 @@ def _with_meaning(answer: Answer, field: Any) -> Any:
 def _write_netcdf(answer: Answer, path: Path) -> int:
     """netCDF-4 along one unlimited dimension that grows batch by batch."""
     one_movie = len(answer.movies) == 1
-    dim = "column" if answer.table == "columns" else ("time" if one_movie else "row")
+    dim = answer.table.removesuffix("s") if answer.table != "frames" else ("time" if one_movie else "row")
     rows = 0
     with h5netcdf.File(path, "w") as file:
         file.dimensions = {dim: None}

@@ -1,4 +1,4 @@
-"""Ask runs for the frames or columns that fulfil a condition, in memory that does not grow with their length."""
+"""Ask runs for the frames, columns or particles that fulfil a condition, in memory that is bounded."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from pipeline.results.predicate import Field, Predicate
 from schemas.columns import COLUMNS
 from schemas.errors import SchemaError, SettingsError
 from schemas.frames import FRAMES
+from schemas.particles import PARTICLES
 from schemas.variables import Schema
 
-Table = Literal["frames", "columns"]
+Table = Literal["frames", "columns", "particles"]
 Batch = dict[str, np.ndarray]
-_SCHEMAS: dict[str, Schema] = {"frames": FRAMES, "columns": COLUMNS}
+_SCHEMAS: dict[Table, Schema] = {"frames": FRAMES, "columns": COLUMNS, "particles": PARTICLES}
 
 
 class _Source:
@@ -33,13 +34,16 @@ class _Source:
         self.run = open_run(path)
         self.movie = movie_name(self.run, path)
         self.table = table
-        missing = [group for group in _SCHEMAS if group not in self.run.children]
+        missing = [group for group in ("frames", "columns", table or "frames") if group not in self.run.children]
         if missing:
             raise SchemaError(
                 f"{path} has no /{missing[0]} yet: the run has not been collected; run it to its end first"
             )
         self.frames = _flat(self.run["frames"].to_dataset().reset_coords(), "time")
-        self.columns = _flat(self.run["columns"].to_dataset(), "column")
+        self.tables: dict[Table, dict[str, xr.Variable]] = {"frames": self.frames}
+        for name, schema in _SCHEMAS.items():
+            if name != "frames" and name in self.run.children:
+                self.tables[name] = _flat(self.run[name].to_dataset(), schema.row)
         count = len(next(iter(self.frames.values())))
         self.frames["frame"] = xr.Variable("time", np.arange(count), COLUMNS["frame"].attributes)
         self._spread: dict[str, np.ndarray] = {}
@@ -47,32 +51,32 @@ class _Source:
     @cached_property
     def rows(self) -> int:
         """Rows of the table."""
-        return len(self.frames["frame"] if self.table == "frames" else self.columns["frame"])
+        return len(self.tables[self.table or "columns"]["frame"])
 
     def names(self, table: Table) -> list[str]:
         """Names of the table's own variables, the index of the frame first."""
-        own = self.frames if table == "frames" else self.columns
+        own = self.tables[table]
         order = {name: place for place, name in enumerate(("frame", *_SCHEMAS[table].names))}
         return sorted(own, key=lambda name: order.get(_stem(name), len(order)))
 
     def variable(self, name: str, table: Table) -> xr.Variable:
-        """A variable of the table, or of /frames where columns are asked for."""
-        return self.columns[name] if table == "columns" and name in self.columns else self.frames[name]
+        """A variable of the table, or of /frames where rows within frames are asked for."""
+        own = self.tables[table]
+        return own[name] if name in own else self.frames[name]
 
     def fields(self, table: Table) -> dict[str, Field]:
         """What a condition over the table may use."""
-        known = [*self.frames, *self.columns] if table == "columns" else list(self.frames)
+        known = dict.fromkeys([*self.frames, *self.tables[table]])
         return {name: _field(self.variable(name, table)) for name in known}
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of a variable; one of /frames is spread over the columns of each frame."""
-        if self.table == "frames":
-            return _loaded(self.frames[name][start:stop])
-        if name in self.columns:
-            return _loaded(self.columns[name][start:stop])
+        """Rows [start, stop) of a variable; one of /frames is spread over the rows within each frame."""
+        own = self.tables[self.table or "columns"]
+        if name in own:
+            return _loaded(own[name][start:stop])
         if name not in self._spread:
             self._spread[name] = _loaded(self.frames[name])
-        return self._spread[name][self.columns["frame"][start:stop].values]
+        return self._spread[name][own["frame"][start:stop].values]
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,12 @@ def query(
     table: Table | None = None,
     rows: int = ROWS_PER_BATCH,
 ) -> Answer:
-    """Rows of the frames or columns of runs that fulfil ``expression`` (all where it is None).
+    """Rows of the frames, columns or particles of runs that fulfil ``expression`` (all where it is None).
 
     A folder stands for the runs in it; with several runs a variable ``movie`` comes first. ``select`` names what is
-    returned, by default the table's own variables. ``table`` defaults to frames where that knows every name used, else
-    columns; a query of columns may use what /frames says of their frame. At most ``rows`` rows are held at a time.
+    returned, by default the table's own variables. ``table`` defaults to the first of frames, columns and particles
+    that knows every name used; a query of columns or particles may use what /frames says of their frame. At most
+    ``rows`` rows are held at a time.
     Raises ``SettingsError`` for what is wrong with the query, ``SchemaError`` for what is wrong with a run.
     """
     paths = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
@@ -165,7 +170,11 @@ def _matching(source: _Source, condition: Predicate | None, returned: Sequence[s
 
 
 def _infer(source: _Source, used: set[str]) -> Table:
-    return "frames" if used <= set(source.frames) | {"species_count"} else "columns"
+    known = set(source.frames) | {"species_count"}
+    if used <= known:
+        return "frames"
+    particles = set(source.tables.get("particles", ()))
+    return "particles" if not used <= known | set(source.tables["columns"]) and used <= known | particles else "columns"
 
 
 def _returned(source: _Source, select: Sequence[str] | None, table: Table) -> list[str]:
