@@ -16,6 +16,7 @@ from pipeline.steps.species import SpeciesModel, classify, vacancies
 
 DISTANCE = 0.7  # Å; a found site farther from a true one is another
 MARGIN = 1.0  # Å; sites nearer to the edge of an image are not judged
+SLACK = 0.5  # Å; a site at the margin may be found on its other side
 THRESHOLD = 0.5
 NONE = (np.zeros(0), np.zeros(0))
 
@@ -93,12 +94,12 @@ def judge(model: SpeciesModel, images: Sequence[Image], *, threshold: float = TH
             columns=NONE,
             sampling=image.sampling,
             threshold=threshold,
-            margin=MARGIN,
+            margin=MARGIN - SLACK,
             windowing=(None, 1),
         ).sites
         shape = (image.planes.shape[1], image.planes.shape[2])
         kept = inside(image.sites[:, 0], image.sites[:, 1], shape=shape, margin=MARGIN / image.sampling)
-        # Sites at the margin may be found on either side of it: a found one may have its partner outside.
+        within = inside(found.y, found.x, shape=shape, margin=MARGIN / image.sampling)
         match = match_columns(np.column_stack([found.y, found.x]), image.sites, max_distance=DISTANCE / image.sampling)
         classes = np.array([model.classes.index(name) for name in image.names], int)
         name = found.probabilities.argmax(1) if len(found.y) else np.zeros(0, int)
@@ -106,8 +107,9 @@ def judge(model: SpeciesModel, images: Sequence[Image], *, threshold: float = TH
         np.add.at(confusion, (classes[match.true[judged]], name[match.detected[judged]]), 1)
         lost = match.lost[kept[match.lost]]
         np.add.at(confusion, (classes[lost], np.full(len(lost), size)), 1)
-        np.add.at(confusion, (np.full(len(match.spurious), size), name[match.spurious]), 1)
-        count, error = vacancies(found.probabilities, missing=model.missing)
+        spurious = match.spurious[within[match.spurious]]
+        np.add.at(confusion, (np.full(len(spurious), size), name[spurious]), 1)
+        count, error = vacancies(found.probabilities[within], missing=model.missing)
         counts.append((float(np.array(model.missing)[classes[kept]].sum()), count, error))
         probabilities.append(found.probabilities[match.detected[judged]])
         truth.append(classes[match.true[judged]])
