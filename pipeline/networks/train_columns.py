@@ -24,6 +24,28 @@ from schemas.errors import SettingsError
 Report = Callable[[str], None]
 RARE = -3.0  # first logit of a column: few pixels belong to one
 SIGN_SHARE = 0.35  # of the loss, for the sign of the contrast beside the columns
+TEXT = """
+**Input**: one denoised frame, prepared by `pipeline.steps.segment.prepare`, multiplied by −1 where atoms are dark.
+**Output**: a logit of the probability that a pixel belongs to an atomic column, and a logit that atoms are bright in
+the image as it was shown (used to vote on the sign of the contrast).
+
+**Data**: simulated images only (`pipeline/networks/segment_scenes.py`); no measured data, no third-party weights.
+Particles of Au, Pt, Ag, Pd, Cu, Ni on zone [110], [100], [111], 8 to 28 Å thick, with vacancies and adatoms, on
+amorphous carbon, some among particles 4 to 22° off their zone; sheets of graphene (with Si, dimers and trimers), hBN,
+MoS2, WSe2 with vacancies and holes; lone heavy atoms on a film; bare film and vacuum. HRTEM by multislice at 60 to
+300 kV with either sign of Cs and defocus; HAADF by convolution. Then what denoisers leave of noise
+(`segment_data.py`). Columns are marked by Gaussians of 0.35 Å. Columns of one atom in particles, blurred by tilt, or
+of the wrong sign of contrast are neither right nor wrong; particles more than 5° off their zone hold none. Images in
+which more than 15 % of the columns have the other sign were left out.
+
+**Validation** (`score`): F1 on specimens that are not trained on, noise of all strengths included, so 1 is out of
+reach. `in_empty`: columns per image of bare film or vacuum. One CPU core trains it in about ten minutes; no GPU is
+needed.
+
+**Limits**: coarser than 0.4 or finer than 0.03 Å/px is refused. Gold much thicker than 25 Å reverses its contrast in
+places; columns there are missed or seen between the true ones. Film without any crystal in the frame is in part taken
+for columns; in a run most of them are dropped again, being too faint for one frame (`columns.min_significance`).
+"""
 REACH, MARGIN, LEAST_DISTANCE = 0.7, 1.0, 1.0  # Å: of a match; from the border; between two columns
 
 
@@ -85,7 +107,9 @@ def train(spec: ColumnTraining, path: Path, *, folder: Path | None, report: Repo
     )
     facts = metadata(spec, images=len(examples), best=fitted.best)
     digest = save_weights(fitted.network, path, facts)
-    training.write_card(path, title=f"{path.stem}: where atomic columns are", facts=facts, curve=fitted.curve)
+    training.write_card(
+        path, title=f"{path.stem}: where atomic columns are", facts=facts, curve=fitted.curve, text=TEXT
+    )
     return digest
 
 
