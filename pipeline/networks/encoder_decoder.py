@@ -21,7 +21,7 @@ class EncoderDecoder(nn.Module):
     """
 
     def __init__(
-        self, *, inputs: int, outputs: int, features: Sequence[int] = (8, 8, 16), kernels: Sequence[int] = (20, 10, 3)
+        self, *, inputs: int, outputs: int, features: Sequence[int] = (2, 8, 16), kernels: Sequence[int] = (20, 10, 3)
     ) -> None:
         super().__init__()
         if not features or len(features) != len(kernels) or min(inputs, outputs, *features, *kernels) < 1:
