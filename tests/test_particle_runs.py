@@ -17,7 +17,7 @@ DISCS = (
     (48.0, 46.0, 38.0),
     (90.0, 124.0, 34.0),
     (140.0, 40.0, 40.0),
-)  # y, x, radius [px]; the last is cut by the border
+)  # y, x, radius [px]; the last is cut
 FRAMES = 5
 FINDS = {"blocks.frames": 4, "images.examples": 2, "particles.min_area": 20.0, "fourier.significance": 5.0}
 
