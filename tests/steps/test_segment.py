@@ -72,7 +72,7 @@ def test_columns_are_found_where_they_are(columns, spec, polarity):
     assert np.mean(gap.min(0) < 0.5) > 0.9
 
 
-@pytest.mark.parametrize("dose", [200.0, 1000.0])
+@pytest.mark.parametrize("dose", [50.0, 200.0, 1000.0])
 def test_pure_noise_once_denoised_holds_no_columns(columns, dose):
     movie = simulate_frames((200, 200), 8, sampling=0.17, dose=dose, seed=3)
     electrons = movie.counts.astype(np.float32)
