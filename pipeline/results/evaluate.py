@@ -14,11 +14,13 @@ from rich.table import Table
 from pipeline.results.open import open_run, rows_of_frames, to_detector, values
 from pipeline.results.scores import (
     FrameMatch,
+    InterpretableScore,
     ParticleScore,
     SpeciesScore,
     match_frame,
     score_bound,
     score_calibration,
+    score_interpretable,
     score_particles,
     score_species,
 )
@@ -45,7 +47,7 @@ class Evaluation:
     in frame 0 adds to all. ``count_bias`` and ``count_rms``: found minus true columns per frame. ``bound_rms``: RMS of
     the Cramér-Rao bound of the matched columns, which an estimate from several frames may beat. None where truth or run
     lack what is needed: ``bound_rms``, ``bound_ratios`` (error of each matched column over its own bound), ``species``,
-    ``particles``, ``calibration`` (of columns' probabilities).
+    ``particles``, ``interpretable``, ``calibration`` (of columns' probabilities).
     """
 
     frames: int
@@ -69,6 +71,7 @@ class Evaluation:
     bound_rms: float | None = None
     species: SpeciesScore | None = field(default=None, compare=False)
     particles: ParticleScore | None = None
+    interpretable: InterpretableScore | None = None
     calibration: Calibration | None = field(default=None, compare=False)
     matches: tuple[FrameMatch, ...] = field(default=(), compare=False, repr=False)
     bound_ratios: np.ndarray | None = field(default=None, compare=False, repr=False)
@@ -132,6 +135,7 @@ def evaluate(
         bound_rms=None if bound is None else bound[0],
         species=score_species(run, columns, known, matches, max_distance=max_distance, margin=margin),
         particles=score_particles(run, known, [int(frame) for frame in measured]),
+        interpretable=score_interpretable(run, known, [int(frame) for frame in measured]),
         calibration=score_calibration(columns, matches),
         matches=matches,
         bound_ratios=None if bound is None else bound[1],
@@ -182,6 +186,14 @@ def _more(found: Evaluation) -> list[tuple[str, str, str]]:
         one = found.particles
         meaning = f"of pixels; {one.particle_iou:.3f} of a particle, {one.detected:.1%} of particles found"
         rows.append(("particles IoU", f"{one.iou:.3f}", meaning))
+    judged = found.interpretable
+    if judged is not None:
+        for share, count, what in (
+            (judged.on_zone, judged.on_zone_count, "on zone (at most 1° off)"),
+            (judged.tilted, judged.tilted_count, "tilted (3° or more)"),
+        ):
+            if share is not None:
+                rows.append(("interpretable", f"{share:.1%}", f"of {count:,} particles that are {what}"))
     return rows
 
 

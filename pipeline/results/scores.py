@@ -27,6 +27,7 @@ from pipeline.steps.score import match_columns
 from schemas.conventions import UNKNOWN_SPECIES
 
 BINS = 10
+ON_ZONE, TILTED = 1.0, 3.0  # degrees
 BOUND_FRAMES = 12  # at most, spread over the movie: the bound of a frame of 100 columns takes 0.2 s
 
 
@@ -53,6 +54,16 @@ class SpeciesScore(NamedTuple):
     vacancy_bias: float | None = None
     vacancy_rms: float | None = None
     vacancy_within_one: float | None = None
+
+
+class InterpretableScore(NamedTuple):
+    """Of the particles found that are truly on zone (at most 1° off) and tilted (3° or more): share called
+    interpretable, None without such particles, and how many there are."""
+
+    on_zone: float | None
+    tilted: float | None
+    on_zone_count: int
+    tilted_count: int
 
 
 class ParticleScore(NamedTuple):
@@ -228,3 +239,26 @@ def score_particles(run: xr.DataTree, truth: Truth, frames: Sequence[int]) -> Pa
         matched / found if found else nan,
         len(frames),
     )
+
+
+def score_interpretable(run: xr.DataTree, truth: Truth, frames: Sequence[int]) -> InterpretableScore | None:
+    """Whether particles called interpretable are on zone; a particle found is the true one under its centroid.
+
+    None where truth or run hold no particles, or the Fourier map was not computed.
+    """
+    if truth.masks is None or truth.particle_tilt is None or "particles" not in run.children:
+        return None
+    rows = run["particles"].to_dataset()[["frame", "y", "x", "interpretable"]].load()
+    frame, called = rows["frame"].values, rows["interpretable"].values
+    place = []
+    for axis, name in enumerate(("y", "x")):
+        pixel = (rows[name].values + values(run, f"frames/drift_{name}")[frame]) / truth.sampling
+        place.append(np.clip(np.rint(np.nan_to_num(pixel)).astype(int), 0, truth.shape[axis] - 1))
+    label = truth.masks[frame, place[0], place[1]].astype(int) if len(frame) else np.empty(0, int)
+    judged = (label > 0) & (called >= 0) & np.isin(frame, np.asarray(frames))
+    if not judged.any():
+        return None
+    tilt, yes = np.asarray(truth.particle_tilt)[label[judged] - 1], called[judged] == 1
+    groups = [yes[tilt <= ON_ZONE], yes[tilt >= TILTED]]
+    shares = [float(group.mean()) if len(group) else None for group in groups]
+    return InterpretableScore(shares[0], shares[1], len(groups[0]), len(groups[1]))

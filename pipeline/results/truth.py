@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.truth import known_answer
 from schemas.errors import SchemaError, SettingsError
 
 NEEDED = ("frame", "y", "x", "visible", "drift", "sampling", "shape")
@@ -22,8 +23,9 @@ class Truth:
     is neither demanded nor spurious. drift (time, 2) [px]: how the specimen moved since frame 0. sampling [Å/px];
     shape (y, x).
     What only some truths know is None elsewhere: site_frame, site_y, site_x [px], site_species (site,): every lattice
-    site of every frame, empty ones too; masks (time, y, x): labels of particles, 0 outside; clean ([time,] y, x):
-    relative intensity without noise, of which 1 is `electrons` per pixel; readout: noise beside counting [electrons].
+    site of every frame, empty ones too; masks (time, y, x): labels of particles, 0 outside; particle_tilt (particle,):
+    degrees off the zone axis, of label 1 first; clean (time, y, x): relative intensity without noise, of which 1 is
+    `electrons` per pixel; readout: noise beside counting [electrons].
     """
 
     frame: np.ndarray
@@ -39,6 +41,7 @@ class Truth:
     site_x: np.ndarray | None = None
     site_species: np.ndarray | None = None
     masks: np.ndarray | None = None
+    particle_tilt: np.ndarray | None = None
     clean: np.ndarray | None = None
     electrons: float | None = None
     readout: float = 0.0
@@ -77,6 +80,7 @@ def truth_of(movie: Any) -> Truth:
         site_x=None if every is None else every["x"],
         site_species=None if every is None else every["species"],
         masks=masks if masks is not None and masks.any() else None,
+        particle_tilt=movie.particles["tilt"] if masks is not None and masks.any() else None,
         clean=np.asarray(movie.clean, np.float32) if movie.clean.ndim == 3 else None,
         electrons=float(spec.dose * spec.sampling**2),
         readout=float(spec.readout / spec.counts_per_electron),
@@ -84,12 +88,17 @@ def truth_of(movie: Any) -> Truth:
 
 
 def load_truth(source: str | Path | Mapping[str, Any]) -> Truth:
-    """A truth from the file that ``Truth.save`` wrote, or from a mapping of its fields."""
+    """A truth from the file that ``Truth.save`` wrote, from a simulated stack, or from a mapping of its fields."""
     if isinstance(source, Mapping):
         given = dict(source)
+    elif Path(source).is_dir():
+        given = _of_stack(Path(source))
     else:
         if not Path(source).exists():
-            raise SettingsError(f"{source} does not exist; expected the truth that `colonnade simulate` writes (npz)")
+            raise SettingsError(
+                f"{source} does not exist; expected what `colonnade simulate` writes: a stack (.zarr), or the truth "
+                "beside a movie (.truth.npz)"
+            )
         with np.load(source, allow_pickle=False) as file:
             given = dict(file)
     missing = [name for name in NEEDED if given.get(name) is None]
@@ -100,3 +109,17 @@ def load_truth(source: str | Path | Mapping[str, Any]) -> Truth:
     final: dict[str, Any] = {name: np.asarray(value) for name, value in known.items()}
     final |= {name: float(final[name]) for name in ("sampling", "electrons", "readout") if name in final}
     return Truth(**final, shape=(height, width))
+
+
+def _of_stack(path: Path) -> dict[str, Any]:
+    """Fields of a truth that lies in a simulated stack."""
+    from pipeline.truth import read_truth
+
+    given = read_truth(path)
+    if np.ndim(given.get("clean", 0)) != 3:
+        given.pop("clean", None)
+    if not np.any(given.get("masks", 0)):
+        given.pop("masks", None)
+    return {
+        name: np.array([str(one) for one in value]) if "species" in name else value for name, value in given.items()
+    }

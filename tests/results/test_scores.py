@@ -157,6 +157,26 @@ def test_particles_by_their_labels(run_path: Path, truth: Truth) -> None:
     assert evaluate(run_path, truth).particles is None
 
 
+def test_particles_called_interpretable_by_their_true_tilt(run_path: Path, truth: Truth) -> None:
+    """Rows 0, 1, 2, … of /particles are called no, yes, no, …; two per frame in which anything was found."""
+    run = open_run(run_path)
+    rows = run["particles"].to_dataset()
+    frame, drift = rows["frame"].values, run["frames/drift_y"].values
+    masks = np.zeros((6, 60, 60), np.uint16)
+    masks[:] = np.where(np.arange(60)[:, None] < 30, 1, 2)
+    y = (rows["y"].values + drift[frame]) / SAMPLING
+    assert (y < 29).all()
+    known = replace(truth, masks=masks, particle_tilt=np.array([0.4, 7.0]))
+    found = evaluate(run_path, known).interpretable
+    assert found is not None
+    measured = np.isin(frame, [0, 1, 3, 4])
+    assert (found.on_zone, found.on_zone_count) == (0.5, measured.sum())
+    assert (found.tilted, found.tilted_count) == (None, 0)
+    turned = evaluate(run_path, replace(known, particle_tilt=np.array([7.0, 0.4]))).interpretable
+    assert (turned.tilted, turned.tilted_count) == (0.5, measured.sum())
+    assert evaluate(run_path, truth).interpretable is None
+
+
 def test_the_whole_truth_survives_its_file(truth: Truth, tmp_path: Path) -> None:
     known = replace(with_sites(truth, ["Au"] * 10), clean=images(truth), electrons=5.0, readout=0.7)
     known.save(tmp_path / "truth.npz")
