@@ -19,7 +19,7 @@ from pipeline.networks import training
 from pipeline.networks.encoder_decoder import EncoderDecoder
 from pipeline.networks.msdnet import MSDNet
 from pipeline.networks.particle_data import Example, ParticleSpec, Prepared, prepared, sample
-from pipeline.networks.train_particles import loss
+from pipeline.networks.train_particles import answer, loss
 from pipeline.networks.unet import UNet
 from pipeline.steps.agreement import calibration
 
@@ -126,7 +126,7 @@ def judged(network: nn.Module, frames: Sequence[Prepared], *, sampling: float) -
     right = marked = true = 0
     overlaps, gaps, stated, came = [], [], [], []
     for image, target in frames:
-        probability = torch.sigmoid(network(image[None]))[0, 0].numpy()
+        probability = torch.sigmoid(answer(network, image))[0].numpy()
         found, wanted = probability > 0.5, target[0].numpy() > 0.5
         right, marked, true = right + int((found & wanted).sum()), marked + int(found.sum()), true + int(wanted.sum())
         stated.append(probability.ravel())

@@ -17,6 +17,7 @@ from pipeline.networks.msdnet import MSDNet
 from pipeline.networks.particle_data import Example, ParticleSpec, Prepared, prepared, sample, simulate
 from pipeline.networks.training import Fit, Network, Report
 from pipeline.networks.weights import save_weights
+from pipeline.steps import windows
 from pipeline.steps.segment import PARTICLE_SAMPLING_RANGE
 
 RARE = -1.5  # first logit of a particle: some fifth of the pixels belong to one
@@ -135,6 +136,12 @@ def validation_set(spec: ParticleSpec) -> list[Check]:
     return out
 
 
+def answer(network: nn.Module, image: Tensor) -> Tensor:
+    """Logits (1, y, x) of one prepared frame (1, y, x), whose borders are continued as in a run."""
+    radius = int(cast(Any, network).receptive_radius)
+    return windows.blend(network, image, window=None, halo=radius, receptive_radius=radius, batch=1)
+
+
 @torch.no_grad()
 def validate(network: nn.Module, checks: Sequence[Check]) -> dict[str, float]:
     """Mean IoU of frames that hold particles, less the share of pixels that is wrongly marked in those that do not.
@@ -144,7 +151,7 @@ def validate(network: nn.Module, checks: Sequence[Check]) -> dict[str, float]:
     overlap: dict[float, list[float]] = {}
     wrong = []
     for (image, target), dose in checks:
-        marked, true = network(image[None])[0] > 0, target > 0.5
+        marked, true = answer(network, image) > 0, target > 0.5
         if true.any():
             overlap.setdefault(dose, []).append(float((marked & true).sum() / (marked | true).sum()))
         else:

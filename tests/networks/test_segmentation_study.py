@@ -18,6 +18,8 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "study_segmentation"
 
 
 class Same(nn.Module):
+    receptive_radius = 0
+
     def forward(self, images):
         return images
 
