@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -19,19 +20,41 @@ OutputOption = Annotated[Path | None, typer.Option("-o", "--output", help="file 
 @models.command()
 def simulate(
     spec: Annotated[Path, typer.Argument(help="YAML file of a movie's specification")],
-    target: Annotated[Path, typer.Argument(help="TIFF or MRC file to write; the truth goes beside it")],
+    target: Annotated[Path, typer.Argument(help="stack (.zarr, with its truth inside), or TIFF or MRC (truth beside)")],
     seed: Annotated[int, typer.Option(help="seed of everything random")] = 0,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="workers to simulate a stack on, as of `run`")
+    ] = None,
+    block: Annotated[int | None, typer.Option(help="frames of a task and shard; changes no result")] = None,
 ) -> None:
-    """Simulate a movie with a known answer."""
-    from pipeline.results.evaluate import truth_of
+    """Simulate a movie with a known answer; the same command again goes on where it was cut short."""
+    from cluster import connect
+    from pipeline.progress import display
+    from pipeline.results.truth import truth_of
     from pipeline.simulate.files import load_spec, write_movie
     from pipeline.simulate.movie import simulate_movie
+    from pipeline.simulation import simulate_stack
+    from schemas.profiles import load_profile
 
-    movie = simulate_movie(load_spec(spec), seed)
-    write_movie(movie, target)
-    truth = target.with_suffix(".truth.npz")
-    truth_of(movie).save(truth)
-    out.print(f"wrote {target} and its truth {truth}", markup=False)
+    movie, begin = load_spec(spec), time.perf_counter()
+    images = movie.frames * len(movie.defoci or (0,))
+    if target.suffix.lower() == ".zarr":
+        profile = load_profile(cluster or "serial")
+        with connect(profile) as client, display(Console(stderr=True, soft_wrap=True)) as progress:
+            begin = time.perf_counter()
+            done = simulate_stack(movie, target, seed=seed, client=client, block=block, progress=progress)
+        images = images * done.computed // done.frames
+        out.print(
+            f"wrote {target}: {done.frames} frames, {done.columns} columns, truth in {target}/truth", markup=False
+        )
+    else:
+        made = simulate_movie(movie, seed)
+        write_movie(made, target)
+        truth = target.with_suffix(".truth.npz")
+        truth_of(made).save(truth)
+        out.print(f"wrote {target} and its truth {truth}", markup=False)
+    seconds = time.perf_counter() - begin
+    out.print(f"{images} images in {seconds:.1f} s: {images / seconds:.2f} images/s", markup=False)
 
 
 @models.command()

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 STEPS = {
+    "simulate": "simulate",
     "ingest": "ingest",
     "calibrate": "survey: detector",
     "survey": "survey: drift of pairs",

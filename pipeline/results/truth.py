@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.truth import known_answer
 from schemas.errors import SchemaError, SettingsError
 
 NEEDED = ("frame", "y", "x", "visible", "drift", "sampling", "shape")
@@ -116,6 +115,7 @@ def _of_stack(path: Path) -> dict[str, Any]:
     from pipeline.truth import read_truth
 
     given = read_truth(path)
+    given |= {name: given[f"column_{name}"] for name in ("frame", "y", "x", "visible", "species")}
     if np.ndim(given.get("clean", 0)) != 3:
         given.pop("clean", None)
     if not np.any(given.get("masks", 0)):

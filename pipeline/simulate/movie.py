@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -79,29 +80,59 @@ def simulate_movie(spec: MovieSpec, seed: int) -> SimulatedMovie:
     Drift is applied to the atoms (or, where nothing else moves, as a phase ramp to the wave, which is the same),
     noise is added last, frame by frame from a seed of its own.
     """
-    scene = build_scene(spec, seed)
-    camera = Camera(scene)
-    planes = camera.find_planes()
-    clean = np.stack([camera.frame(frame, planes) for frame in range(spec.frames)])
-    columns = [columns_of(scene, frame, camera.origin) for frame in range(spec.frames)]
-    recording = detector.detector_of(spec, seed)
+    answer = Answer(spec, seed)
+    frames = [answer.frame(index) for index in range(spec.frames)]
+    clean, columns = np.stack([frame.clean for frame in frames]), [frame.columns for frame in frames]
     polarity, share = polarity_of(clean[0] if spec.defoci is None else clean[0, 0], columns[0], spec)
     return SimulatedMovie(
-        counts=np.stack([counts_of(image, scene, frame, recording) for frame, image in enumerate(clean)]),
+        counts=np.stack([frame.counts for frame in frames]),
         clean=clean,
-        drift=scene.drift / spec.sampling,
+        drift=answer.scene.drift / spec.sampling,
         columns=columns,
-        sites=[sites_of(scene, frame, camera.origin) for frame in range(spec.frames)],
-        masks=np.stack([mask_of(scene, frame, camera.origin) for frame in range(spec.frames)]),
-        particles=scene.crystal.particles,
-        events=scene.events,
+        sites=[frame.sites for frame in frames],
+        masks=np.stack([frame.mask for frame in frames]),
+        particles=answer.scene.crystal.particles,
+        events=answer.scene.events,
         polarity=polarity,
         contrast_share=share,
-        defocus=planes[0],
-        plane_shifts=np.stack([plane_shifts(scene, frame, len(planes)) for frame in range(spec.frames)])
-        / spec.sampling,
+        defocus=answer.planes[0],
+        plane_shifts=np.stack([frame.plane_shifts for frame in frames]),
         spec=spec,
     )
+
+
+class Frame(NamedTuple):
+    """One frame and its truth, as the fields of ``SimulatedMovie`` without time."""
+
+    counts: np.ndarray
+    clean: np.ndarray
+    columns: np.ndarray
+    sites: np.ndarray
+    mask: np.ndarray
+    plane_shifts: np.ndarray
+
+
+class Answer:
+    """A movie to be computed frame by frame; a frame does not depend on which others are computed here."""
+
+    def __init__(self, spec: MovieSpec, seed: int, planes: tuple[float, ...] | None = None) -> None:
+        self.scene = build_scene(spec, seed)
+        self.camera = Camera(self.scene)
+        self.recording = detector.detector_of(spec, seed)
+        self.planes = self.camera.find_planes() if planes is None else planes
+
+    def frame(self, index: int) -> Frame:
+        """Everything about one frame."""
+        scene, camera = self.scene, self.camera
+        clean = camera.frame(index, self.planes)
+        return Frame(
+            counts_of(clean, scene, index, self.recording),
+            clean,
+            columns_of(scene, index, camera.origin),
+            sites_of(scene, index, camera.origin),
+            mask_of(scene, index, camera.origin),
+            plane_shifts(scene, index, len(self.planes)) / scene.spec.sampling,
+        )
 
 
 def counts_of(clean: np.ndarray, scene: Scene, frame: int, camera: detector.Detector) -> np.ndarray:

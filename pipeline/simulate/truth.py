@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
+from ase.data import chemical_symbols
 from scipy.ndimage import binary_fill_holes
 from scipy.spatial import cKDTree
 
 from pipeline.simulate.scene import Scene, members_of
-from pipeline.simulate.structures.specimen import named, turned
+from pipeline.simulate.structures.specimen import Specimen, named, turned
 
 SITE_DTYPE = np.dtype([("site", "i4"), ("y", "f8"), ("x", "f8"), ("species", "U8")])
+EVENT_DTYPE = np.dtype(
+    [
+        *(("kind", "U16"), ("frame", "i4"), ("column", "i4"), ("to", "i4"), ("y", "f8"), ("x", "f8")),
+        *(("to_y", "f8"), ("to_x", "f8"), ("before", "U8"), ("after", "U8")),
+    ]
+)
 
 
 def sites_of(scene: Scene, frame: int, origin: np.ndarray) -> np.ndarray:
@@ -65,3 +72,41 @@ def mask_of(scene: Scene, frame: int, origin: np.ndarray) -> np.ndarray:
         mask[window][closer] = row + 1
         nearest[window][closer] = distance[closer]
     return mask
+
+
+def events_of(scene: Scene, origin: np.ndarray) -> np.ndarray:
+    """What happens in a movie: a structured array (event,) of EVENT_DTYPE, in the order of time.
+
+    y, x and to_y, to_x [px]: where the column is, and where it goes to, in the first frame of the new state (NaN if it
+    goes nowhere). before, after: what the column's place holds; for a change of coordination how the atom is bound.
+    """
+    crystal, spec = scene.crystal, scene.spec
+    out = np.zeros(len(scene.events), EVENT_DTYPE)
+    first = np.full(crystal.count, -1)
+    first[crystal.column[::-1]] = np.arange(len(crystal.column))[::-1]
+    for row, event in zip(out, scene.events, strict=True):
+        row["kind"], row["frame"], row["column"], row["to"] = event.kind, event.frame, event.column, event.to
+        for name, column in (("", event.column), ("to_", event.to)):
+            place = np.full(2, np.nan)
+            if column >= 0:
+                atoms = turned(crystal.positions[crystal.column == column, :2], float(scene.angle[event.frame]))
+                place = (atoms.mean(0) + scene.drift[event.frame]) / spec.sampling - origin
+            row[f"{name}y"], row[f"{name}x"] = place
+        if event.kind == "coordination" and crystal.pushing is not None:
+            bonds = ["3-fold" if crystal.pushing[first[column]] else "4-fold" for column in (event.column, event.to)]
+            row["before"], row["after"] = bonds
+        else:
+            states = (scene.present(event.frame - 1), scene.present(event.frame))
+            row["before"], row["after"] = (_held(crystal, event.column, present) for present in states)
+    return out
+
+
+def _held(crystal: Specimen, column: int, present: np.ndarray) -> str:
+    """What the place of a column holds: its lattice site's name, or its atoms'; nothing if it is empty."""
+    sites, site = crystal.sites, int(crystal.site[crystal.column == column][0])
+    if sites is not None and site >= 0:
+        members = crystal.numbers[(crystal.site == site) & present].tolist()
+        empty = not members and not sites.host[site]
+        return "" if empty else named(members, int(sites.host[site]), int(sites.capacity[site]))
+    there = np.unique(crystal.numbers[(crystal.column == column) & present]).tolist()
+    return "".join(chemical_symbols[number] for number in there)

@@ -23,7 +23,7 @@ def test_particles_are_where_the_masks_say():
     mask = movie.masks[0] > 0
     assert (bright & mask).sum() / (bright | mask).sum() > 0.85
     radii = movie.particles["radius"]
-    assert 9 < radii.min() < 14 and 17 < radii.max() < 34
+    assert 8 < radii.min() < 14 and 17 < radii.max() < 34
     focused = simulate_movie(MovieSpec(**FIELD, defocus=0.0, events=0), 3)
     image, mask = focused.clean[0], focused.masks[0] > 0
     assert image[mask].mean() < 0.97 * image[~mask].mean()
