@@ -47,9 +47,9 @@ UNKNOWN = "unknown"
 FLATTEN = 5.0  # Å, standard deviation of the Gaussian whose local mean is removed
 GAIN = {"hrtem": 5.0, "haadf": 1.0}  # of the relative contrast (hrtem), of the contrast in units of the frame's (haadf)
 KNEE = 3.0  # input beyond which it grows only logarithmically
-EVIDENCE = 2.0  # log ratio that one site may say at most about which element its place belongs to
-POOLING = 0.32  # weight of a neighbour's evidence; below 1/3, the most for three neighbours each
-ROUNDS = 60  # in which evidence travels from neighbour to neighbour
+EVIDENCE = 3.0  # log ratio that one site may say at most about which element its place belongs to
+POOLING = 0.33  # weight of a neighbour's evidence; below 1/3, the most for three neighbours each
+ROUNDS = 200  # in which evidence travels from neighbour to neighbour
 REACH = 0.22  # Å, standard deviation of the weights with which pixels around a site are averaged
 
 Floats = NDArray[np.float64]
