@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline import inference, store
 from pipeline.images import write_examples as put_examples
+from pipeline.measure import particles_of
 from pipeline.movie import Clock, Task, open_movie, record
 from pipeline.parts import read_part
 from schemas.columns import COLUMNS
@@ -100,7 +101,7 @@ def interpretable(table: Mapping[str, np.ndarray], *, threshold: float) -> np.nd
 
 
 def write_examples(task: Task) -> Mapping[str, Any]:
-    """Raw and denoised crops of a few good frames, for the report."""
+    """Raw and denoised crops of a few good frames, and their particles, for the report."""
     clock, movie = Clock(), open_movie(task)
     good = np.flatnonzero(movie.good) if movie.good is not None else np.zeros(0, dtype=int)
     count = min(task.settings.images.examples, len(good))
@@ -108,13 +109,15 @@ def write_examples(task: Task) -> Mapping[str, Any]:
     height, width = movie.stack.shape[1:]
     top, left = max(0, height - EXAMPLE_EDGE) // 2, max(0, width - EXAMPLE_EDGE) // 2
     crop = (slice(None), slice(top, top + EXAMPLE_EDGE), slice(left, left + EXAMPLE_EDGE))
-    images: dict[str, list[np.ndarray]] = {"raw": [], "denoised": [], "probability": []}
+    images: dict[str, list[np.ndarray]] = {"raw": [], "denoised": [], "probability": [], "labels": []}
     for index in chosen:
         found = inference.infer(movie, range(int(index), int(index) + 1), clock)
         empty = np.full(found.denoised.shape, np.nan, dtype=np.float32)
         images["raw"].append(found.electrons[crop])
         images["denoised"].append(found.denoised[crop])
         images["probability"].append((empty if found.probability is None else found.probability)[crop])
+        labels = particles_of(movie, found, 0, clock)[0]
+        images["labels"].append((np.zeros(empty.shape, np.int32) if labels is None else labels[None])[crop])
     if count:
         sampling, origin = movie.stack.sampling, movie.stack.origin
         put_examples(

@@ -90,6 +90,7 @@ def write_examples(
     )
     put(group, Variable("frame", ("example",), "int32", DIMENSIONLESS, "index of the frame"), frames.astype("int32"))
     for name, values in images.items():
-        units = DIMENSIONLESS if name == "probability" else "electron"
-        variable = Variable(name, ("example", "y_example", "x_example"), "float32", units, f"{name} frame")
-        put(group, variable, values.astype("float32"))
+        kept = KEPT.get(name, KEPT["denoised"])
+        meaning = kept.meaning if name in KEPT else f"{name} frame"
+        variable = Variable(name, ("example", "y_example", "x_example"), kept.dtype, kept.units, meaning)
+        put(group, variable, values.astype(kept.dtype))

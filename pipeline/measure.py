@@ -47,7 +47,7 @@ def measure_frame(movie: Movie, images: inference.Images, row: int, clock: Clock
     """All that is measured in one frame of a block; nothing in a frame that is not good."""
     index = images.first + row
     good = bool(images.good[row]) and movie.model is not None and movie.drift_px is not None
-    labels, regions = _particles(movie, images, row, clock) if good else (None, None)
+    labels, regions = particles_of(movie, images, row, clock) if good else (None, None)
     found = _columns(movie, images, row, clock) if good else {}
     y, x = found.get("y", np.zeros(0)), found.get("x", np.zeros(0))
     named = _species(movie, index, y, x, clock) if good else _unnamed(movie, 0)
@@ -119,7 +119,9 @@ def _in_specimen(movie: Movie, index: int, found: Mapping[str, np.ndarray]) -> R
 # --------------------------------------------------------------------------------------------------------- particles
 
 
-def _particles(movie: Movie, images: inference.Images, row: int, clock: Clock) -> tuple[np.ndarray | None, Rows | None]:
+def particles_of(
+    movie: Movie, images: inference.Images, row: int, clock: Clock
+) -> tuple[np.ndarray | None, Rows | None]:
     """Labels (y, x) of the particles of a frame and their measures; None where particles are not looked for."""
     options, pixel = movie.settings.particles, movie.stack.sampling**2
     with clock("particles"):

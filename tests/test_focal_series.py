@@ -48,7 +48,7 @@ def series(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A network that adds the planes, the dark one with the other sign: only where they are aligned is the sum clear."""
+    """A network that adds the planes, the dark one with the other sign: clear only where they are aligned."""
     added = np.array([1.0, 1.0, -1.0])
     weights = np.stack([0 * added, 2 * added, added, 0 * added])
     facts = {
@@ -78,7 +78,7 @@ def test_offsets_between_defoci_are_found(series, reference):
 
 
 def test_species_come_from_all_planes(series, reference):
-    path, sites, weight, drift, _ = series
+    _, sites, weight, drift, _ = series
     found = tools.tables(reference)
     columns, frames = found["columns"], found["frames"]
     assert columns.sizes["column"] > 40 * TIMES

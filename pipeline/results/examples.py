@@ -11,13 +11,16 @@ import numpy as np
 import xarray as xr
 
 from pipeline import store
-from pipeline.results.open import columns_of_frame, provenance, to_detector
+from pipeline.results.open import columns_of_frame, particles_of_frame, provenance, to_detector
 from schemas.errors import ColonnadeError, SettingsError
 
 
 @dataclass(frozen=True)
 class Example:
-    """A crop of one frame: images (y, x); points and errors (column, 2) y, x [px] in it; sampling [Å/px]; its facts."""
+    """A crop of one frame: images (y, x); points and errors (column, 2) y, x [px] in it; sampling [Å/px]; its facts.
+
+    labels (y, x): n in the n-th particle of the frame, 0 elsewhere; ratios (particle,): their Fourier ratios.
+    """
 
     frame: int
     time: float
@@ -28,6 +31,8 @@ class Example:
     sampling: float
     snr: float
     dose: float
+    labels: np.ndarray
+    ratios: np.ndarray
 
 
 def examples(
@@ -70,6 +75,9 @@ def _from_images(run: xr.DataTree, frame: int, folder: Path | None) -> xr.Datase
     denoised = run["images/denoised/s0"].to_dataset()["denoised"].isel(time=frame).values
     dims = ("y_example", "x_example")
     images = {"frame": ((), frame), "raw": (dims, raw), "denoised": (dims, denoised)}
+    if "labels" in run["images"].children:
+        labels = run["images/labels/s0"].to_dataset()["labels"].isel(time=frame).values
+        images["labels"] = (dims, labels)
     y, x = stack.origin
     return xr.Dataset(images, attrs={"sampling": stack.sampling, "origin_y": y, "origin_x": x})
 
@@ -86,15 +94,20 @@ def _example(run: xr.DataTree, picture: xr.Dataset) -> Example:
         height, width = picture["raw"].shape
         inside = ((points > -0.5) & (points < np.array([height, width]) - 0.5)).all(axis=1)
         points, errors = points[inside], errors[inside]
+    raw = picture["raw"].values
+    labels = picture["labels"].values.astype(np.int64) if "labels" in picture else np.zeros(raw.shape, np.int64)
+    ratios = particles_of_frame(run, frame)["fourier_ratio"].values if labels.any() else np.zeros(0)
     facts = cast(xr.Dataset, run["frames"].to_dataset()[["snr", "dose"]].isel(time=frame))
     return Example(
         frame=frame,
         time=float(facts["time"]),
-        raw=picture["raw"].values,
+        raw=raw,
         denoised=picture["denoised"].values,
         points=points,
         errors=errors,
         sampling=sampling,
         snr=float(facts["snr"]),
         dose=float(facts["dose"]),
+        labels=labels,
+        ratios=ratios,
     )

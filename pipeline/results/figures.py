@@ -15,7 +15,15 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from pipeline.results.markup import Markup, data_uri, element
-from pipeline.results.summary import ERROR_EDGES, PROBABILITY_EDGES, ColumnSummary, FrameSeries
+from pipeline.results.summary import (
+    DIAMETER_EDGES,
+    ERROR_EDGES,
+    PROBABILITY_EDGES,
+    RATIO_EDGES,
+    ColumnSummary,
+    FrameSeries,
+    ParticleSummary,
+)
 
 MOST_POINTS = 1500
 """Longer series are drawn as the mean and the range of so many bins, which keeps a page small."""
@@ -150,6 +158,61 @@ def histogram_figure(summary: ColumnSummary) -> Markup:
     middle = summary.median_error()
     alt = f"Histograms over {summary.rows} columns: probability; standard error of position, median {middle:.3g} Å"
     return render(draw, (9.6, 2.9), alt)
+
+
+def lattice_figure(series: FrameSeries, threshold: float | None) -> Markup | None:
+    """Particles, missing atoms and Fourier ratio against time, as far as there are any; ``threshold`` is drawn."""
+    drawn = [
+        (name, numbers)
+        for name, numbers in (
+            ("particles", series.particles), ("missing atoms", series.vacancies), ("Fourier ratio", series.ratio),
+        )
+        if np.nansum(numbers) > 0
+    ]  # fmt: skip
+    if not drawn:
+        return None
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (name, numbers) in zip(panels, drawn, strict=True):
+            error = series.vacancies_error if name == "missing atoms" else None
+            _line(axes, series.time, numbers, _LIGHT["first"], error=error)
+            if name == "Fourier ratio":
+                axes.set_yscale("log")
+                axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                if threshold is not None:
+                    axes.axhline(threshold, color=_LIGHT["second"], linestyle="--", linewidth=1)
+            axes.set_ylabel(name)
+            _flags(axes, series)
+        panels[-1].set_xlabel("time / s")
+
+    names = ", ".join(name for name, _ in drawn)
+    return render(draw, (9.6, 0.8 + 1.6 * len(drawn)), f"Against time: {names}")
+
+
+def particle_figure(summary: ParticleSummary, threshold: float | None) -> Markup:
+    """How large particles are, and how unequal the peaks of their lattices."""
+
+    def draw(figure: Figure) -> None:
+        for axes, counts, edges, words in zip(
+            figure.subplots(1, 2), (summary.diameter, summary.ratio), (DIAMETER_EDGES, RATIO_EDGES),
+            ("equivalent diameter / Å", "Fourier ratio"), strict=True,
+        ):  # fmt: skip
+            axes.stairs(counts, edges, fill=True, color=_LIGHT["first"], alpha=0.85)
+            axes.set_xscale("log")
+            filled = np.flatnonzero(counts)
+            if filled.size:
+                low, high = edges[filled[0]], edges[filled[-1] + 1]
+                widen = max(1.15, np.sqrt(6 * low / high))
+                axes.set_xlim(low / widen, high * widen)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+            axes.set_xlabel(words)
+            axes.set_ylabel("particles")
+            if edges is RATIO_EDGES and threshold is not None:
+                axes.axvline(threshold, color=_LIGHT["second"], linestyle="--", linewidth=1)
+
+    return render(draw, (9.6, 2.9), f"Histograms over {summary.rows} particles: equivalent diameter; Fourier ratio")
 
 
 def thin(

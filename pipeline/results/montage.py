@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 
+import matplotlib as mpl
 import numpy as np
 from PIL import Image
 from scipy.spatial import cKDTree
@@ -30,6 +31,7 @@ def example_figure(example: Example, *, magnified: bool) -> Markup:
     detail = detail_window(example) if magnified else None
     rows = [_row(example, whole, detail)] + ([_row(example, detail, None)] if detail else [])
     facts = [f"Frame {example.frame}, {number_text(example.time)} s: {len(example.points):,} columns in view"]
+    facts += [f"{len(example.ratios):,} particles"] if example.labels.any() else []
     facts += [f"signal-to-noise ratio {number_text(example.snr)}"] if math.isfinite(example.snr) else []
     facts += [f"{number_text(example.dose)} e⁻/Å²"] if math.isfinite(example.dose) else []
     return element("figure", *rows, element("figcaption", "; ".join(facts) + "."), class_="example")
@@ -47,39 +49,55 @@ def _row(example: Example, window: Window, box: Window | None) -> Markup:
     )
     drawn = []
     for name, image, limits, over in panels:
-        picture = _panel(image, window, example.sampling, limits, over, f"{name}, {frame}, {kind}")
+        low, high = np.percentile(image[np.isfinite(image)], limits) if np.isfinite(image).any() else (0.0, 1.0)
+        picture = _panel(_grey(image, low, high), window, example.sampling, over, f"{name}, {frame}, {kind}")
         drawn.append(element("div", element("span", name, class_="name"), picture))
-    return element("div", *drawn, class_="panels")
+    if example.labels.any() and kind == "whole":
+        picture = _panel(_coloured(example), window, example.sampling, None, f"particles, {frame}, {kind}")
+        drawn.append(element("div", element("span", "particles", class_="name"), picture))
+    return element("div", *drawn, class_="panels four" if len(drawn) > 3 else "panels")
 
 
-def _panel(
-    image: np.ndarray,
-    window: Window,
-    sampling: float,
-    limits: tuple[float, float],
-    over: Markup | None,
-    label: str,
-) -> Markup:
+def _panel(pixels: np.ndarray, window: Window, sampling: float, over: Markup | None, label: str) -> Markup:
     y0, y1, x0, x1 = window
     height, width = y1 - y0, x1 - x0
-    low, high = np.percentile(image[np.isfinite(image)], limits) if np.isfinite(image).any() else (0.0, 1.0)
     picture = element(
-        "image", href=data_uri(_png(image[y0:y1, x0:x1], low, high), "image/png"), width=width, height=height,
+        "image", href=data_uri(_png(pixels[y0:y1, x0:x1]), "image/png"), width=width, height=height,
         preserveAspectRatio="none", class_="pixels",
     )  # fmt: skip
     bar = _scale_bar(width, height, sampling)
     return element("svg", picture, over, bar, viewBox=f"0 0 {width} {height}", role="img", aria_label=label)
 
 
-def _png(image: np.ndarray, low: float, high: float) -> bytes:
-    factor = math.ceil(max(image.shape) / MOST_PIXELS)
+def _grey(image: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Pixels (y, x) from 0 to 1, the range from low to high."""
+    scaled: np.ndarray = np.clip((np.nan_to_num(image, nan=low) - low) / max(high - low, 1e-12), 0, 1)
+    return scaled
+
+
+def _coloured(example: Example) -> np.ndarray:
+    """Pixels (y, x, colour): particles from yellow, whose Fourier peaks are equal, to violet; white without a lattice.
+
+    The inference scaled by the ratio, as in Larsen et al., Ultramicroscopy 2023, 113803, figure 2.
+    """
+    low, high = np.percentile(example.denoised[np.isfinite(example.denoised)], (0.5, 99.8))
+    grey = 0.75 * _grey(example.denoised, low, high)[..., None].repeat(3, 2)
+    painted = np.ones((max(int(example.labels.max()), len(example.ratios)) + 1, 3))
+    known = np.flatnonzero(np.isfinite(example.ratios))
+    painted[known + 1] = mpl.colormaps["viridis"](1 / np.maximum(example.ratios[known], 1))[:, :3]
+    inside = (example.labels > 0)[..., None]
+    tinted: np.ndarray = np.where(inside, 0.4 * grey + 0.6 * painted[np.maximum(example.labels, 0)], grey)
+    return tinted
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    factor = math.ceil(max(pixels.shape[:2]) / MOST_PIXELS)
     if factor > 1:
-        height, width = (size // factor * factor for size in image.shape)
-        tiles = image[:height, :width].reshape(height // factor, factor, width // factor, factor)
-        image = tiles.mean(axis=(1, 3))
-    scaled = np.clip((np.nan_to_num(image, nan=low) - low) / max(high - low, 1e-12), 0, 1)
+        height, width = (size // factor * factor for size in pixels.shape[:2])
+        cut = pixels[:height, :width]
+        pixels = cut.reshape(height // factor, factor, width // factor, factor, *pixels.shape[2:]).mean(axis=(1, 3))
     buffer = io.BytesIO()
-    Image.fromarray((scaled * 255).round().astype(np.uint8)).save(buffer, "PNG", optimize=True)
+    Image.fromarray((pixels * 255).round().astype(np.uint8)).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -65,8 +65,8 @@ def values(run: xr.DataTree, path: str) -> np.ndarray:
     return np.asarray(cast(xr.DataArray, run[path]).values)
 
 
-def _offsets(run: xr.DataTree) -> np.ndarray:
-    return frame_index(values(run, "frames/column_count"))
+def _offsets(run: xr.DataTree, row: str = "column") -> np.ndarray:
+    return frame_index(values(run, f"frames/{row}_count"))
 
 
 def _table(run: xr.DataTree, group: str) -> xr.Dataset:
@@ -80,12 +80,21 @@ def columns_of_frame(run: xr.DataTree, frame: int) -> xr.Dataset:
 
     Raises ``IndexError`` outside the movie.
     """
-    offsets = _offsets(run)
+    return _of_frame(run, frame, "column")
+
+
+def particles_of_frame(run: xr.DataTree, frame: int) -> xr.Dataset:
+    """The particles found in one frame, as ``columns_of_frame`` gives the columns; row n has the label n + 1."""
+    return _of_frame(run, frame, "particle")
+
+
+def _of_frame(run: xr.DataTree, frame: int, row: str) -> xr.Dataset:
+    offsets = _offsets(run, row)
     total = len(offsets) - 1
     if not -total <= frame < total:
         raise IndexError(f"frame {frame} is outside the movie; expected {-total} to {total - 1}")
     frame %= total
-    return _table(run, "columns").isel(column=slice(int(offsets[frame]), int(offsets[frame + 1])))
+    return _table(run, f"{row}s").isel({row: slice(int(offsets[frame]), int(offsets[frame + 1]))})
 
 
 def rows_of_frames(run: xr.DataTree, frames: Sequence[int] | np.ndarray) -> xr.Dataset:
@@ -120,11 +129,11 @@ def rows_of_frames(run: xr.DataTree, frames: Sequence[int] | np.ndarray) -> xr.D
     return pieces[0] if len(pieces) == 1 else xr.concat([piece.load() for piece in pieces], dim="column")
 
 
-def row_batches(run: xr.DataTree, rows: int = ROWS_PER_BATCH) -> Iterator[xr.Dataset]:
-    """Walk over /columns, ``rows`` at a time, so that memory does not grow with the movie."""
-    table = _table(run, "columns")
-    for start in range(0, table.sizes["column"], rows):
-        yield table.isel(column=slice(start, start + rows))
+def row_batches(run: xr.DataTree, rows: int = ROWS_PER_BATCH, *, row: str = "column") -> Iterator[xr.Dataset]:
+    """Walk over /columns (or /particles), ``rows`` at a time, so that memory does not grow with the movie."""
+    table = _table(run, f"{row}s")
+    for start in range(0, table.sizes[row], rows):
+        yield table.isel({row: slice(start, start + rows)})
 
 
 def frames_of_columns(run: xr.DataTree, columns: xr.Dataset, names: Sequence[str] | None = None) -> xr.Dataset:

@@ -136,7 +136,7 @@ def query(
     if not found:
         raise SettingsError("no run was given; expected one or more FOLDER/<movie>.zarr, or a folder of runs")
     expression = expression if expression and expression.strip() else None
-    first = _Source(found[0])
+    first = _Source(found[0], table)
     used = (names(parse(expression)) if expression else set()) | set(select or ())
     chosen = table or _infer(first, used - {"movie"})
     several = len(found) > 1

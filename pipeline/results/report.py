@@ -15,13 +15,20 @@ import xarray as xr
 
 from pipeline.results import sections
 from pipeline.results.examples import Example, examples
-from pipeline.results.figures import drift_figure, histogram_figure, series_figure
+from pipeline.results.figures import drift_figure, histogram_figure, lattice_figure, particle_figure, series_figure
 from pipeline.results.history import History, movies_of, read_history
 from pipeline.results.markup import Markup, element, join, number_text, page, table
 from pipeline.results.montage import example_figure
 from pipeline.results.open import find_runs, movie_name, open_run, provenance
 from pipeline.results.status import duration
-from pipeline.results.summary import ColumnSummary, FrameSeries, column_summary, frame_series
+from pipeline.results.summary import (
+    ColumnSummary,
+    FrameSeries,
+    ParticleSummary,
+    column_summary,
+    frame_series,
+    particle_summary,
+)
 from schemas.errors import SchemaError, SettingsError
 
 
@@ -86,7 +93,8 @@ def _write_run(path: Path, output: Path, *, frames: Sequence[int] | None, index:
     series = frame_series(run) if "frames" in run.children else None
     summary = column_summary(run)
     shown = list(examples(run, frames, folder=path.parent)) if series else []
-    _save(output, _run_page(name, run, history, series, summary, shown=shown, index=index))
+    particles = particle_summary(run)
+    _save(output, _run_page(name, run, history, series, summary, particles, shown=shown, index=index))
     state = str(provenance(run).get("state", "unknown"))
     return _Row(
         movie=name,
@@ -106,6 +114,7 @@ def _run_page(
     history: History,
     series: FrameSeries | None,
     summary: ColumnSummary,
+    particles: ParticleSummary,
     *,
     shown: Sequence[Example],
     index: Path | None,
@@ -122,7 +131,7 @@ def _run_page(
         body.append(element("p", "Nothing has been computed yet."))
     else:
         body += [
-            sections.headline(made, history, series, summary),
+            sections.headline(made, history, series, summary, particles),
             sections.notes(made),
             _section("Example frames", *_montage(shown)),
             _section("Columns, signal and dose over time", _caption(series_figure(series), _flag_words(series))),
@@ -133,6 +142,7 @@ def _run_page(
             _section(
                 "Columns", _caption(histogram_figure(summary), f"Over all {summary.rows:,} columns of the movie.")
             ),
+            *_particle_sections(made, series, particles),
             _section("Numbers", sections.numbers(series)),
             _section("Frames that were not measured", sections.flags(series)),
         ]
@@ -143,6 +153,22 @@ def _run_page(
         _footer(),
     ]
     return page(f"{name} – Colonnade", _style(), *body)
+
+
+def _particle_sections(made: Mapping[str, Any], series: FrameSeries, particles: ParticleSummary) -> list[Markup | None]:
+    """Particles, species' vacancies and the lattice, as far as the run has any."""
+    threshold = made.get("settings", {}).get("fourier", {}).get("threshold")
+    over_time = lattice_figure(series, threshold)
+    words = "Fourier ratio: brightest to dimmest pair of lattice peaks; interpretable up to the dashed line."
+    return [
+        _section("Particles and lattice over time", _caption(over_time, words)) if over_time else None,
+        _section(
+            "Particles",
+            _caption(particle_figure(particles, threshold), f"Over all {particles.rows:,} particles, frame by frame."),
+        )
+        if particles.rows
+        else None,
+    ]
 
 
 def _lead(made: Mapping[str, Any], series: FrameSeries | None) -> Markup:
@@ -164,6 +190,11 @@ def _montage(shown: Sequence[Example]) -> list[Markup]:
         "found; each picture has its own grey scale. The blue square is magnified below it: crosses are positions, "
         "ellipses three standard errors."
     )
+    if any(example.labels.any() for example in shown):
+        words += (
+            " Particles are coloured by their Fourier ratio, from yellow (peaks of one brightness) to violet "
+            "(unequal); white where no lattice is seen."
+        )
     return [element("p", words, class_="note"), *drawn]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.results.history import History, frames_text
 from pipeline.results.markup import Markup, details, element, join, nested, number_text, table
 from pipeline.results.status import duration
-from pipeline.results.summary import ColumnSummary, FrameSeries, flagged, statistics
+from pipeline.results.summary import ColumnSummary, FrameSeries, ParticleSummary, flagged, statistics
 from schemas.conventions import STATUS_MEANING
 from schemas.settings import Settings
 
@@ -51,7 +51,13 @@ def notes(made: Mapping[str, Any]) -> Markup | None:
     return element("ul", *(element("li", word) for word in words), class_="notes") if words else None
 
 
-def headline(made: Mapping[str, Any], history: History, series: FrameSeries, summary: ColumnSummary) -> Markup:
+def headline(
+    made: Mapping[str, Any],
+    history: History,
+    series: FrameSeries,
+    summary: ColumnSummary,
+    particles: ParticleSummary,
+) -> Markup:
     """The numbers one looks for first."""
     spread = {row.name: row for row in statistics(series)}
     measured, total = int(series.measured.sum()), len(series.time)
@@ -66,6 +72,7 @@ def headline(made: Mapping[str, Any], history: History, series: FrameSeries, sum
             summary.rows,
             f"{_range(counts.least, counts.most)} per frame, median {number_text(counts.median)}",
         ),
+        *_particle_facts(series, particles),
         ("position error", _unit(error, "Å"), "median standard error of a coordinate"),
         ("drift", _unit(drift.most, "Å"), "farthest from the first frame"),
         ("signal-to-noise", spread["signal-to-noise ratio"].median, "median over frames, denoised"),
@@ -78,6 +85,25 @@ def headline(made: Mapping[str, Any], history: History, series: FrameSeries, sum
     if rate is not None:
         facts.append(("frames per second", rate, f"{duration(history.span() or 0)} from first to last block"))
     return tiles(*facts)
+
+
+def _particle_facts(
+    series: FrameSeries, particles: ParticleSummary
+) -> list[tuple[str, float | str | None, str | None]]:
+    """Tiles of particles, missing atoms and frames that can be interpreted, as far as anything is known of them."""
+    spread = {row.name: row for row in statistics(series)}
+    facts: list[tuple[str, float | str | None, str | None]] = []
+    if particles.rows:
+        counts = spread["particles"]
+        facts.append(("particles found", particles.rows, f"{_range(counts.least, counts.most)} per frame"))
+    missing = spread["missing atoms"]
+    if math.isfinite(missing.median):
+        words = f"per frame (median), {_range(missing.least, missing.most)}"
+        facts.append(("missing atoms", missing.median, words))
+    if math.isfinite(spread["Fourier ratio"].median):
+        share = float(np.nanmean(series.interpretable))
+        facts.append(("interpretable", f"{100 * share:.0f} %", "of the measured frames, by the lattice"))
+    return facts
 
 
 def numbers(series: FrameSeries) -> Markup:

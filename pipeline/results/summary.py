@@ -11,16 +11,23 @@ import xarray as xr
 
 from pipeline.results.history import runs_of
 from pipeline.results.open import row_batches, values
-from schemas.conventions import STATUS
+from schemas.conventions import INTERPRETABLE, STATUS
 
 PROBABILITY_EDGES = np.linspace(0.0, 1.0, 51)
 ERROR_EDGES = np.concatenate([[0.0], np.geomspace(1e-3, 2.0, 120), [np.inf]])
 """Edges [Å] of the histogram of standard errors: fine enough for its quantiles, coarse enough to plot."""
+DIAMETER_EDGES = np.geomspace(3.0, 3e4, 161)
+"""Edges [Å] of the histogram of diameters of particles."""
+RATIO_EDGES = np.geomspace(1.0, 1e3, 61)
+"""Edges of the histogram of Fourier ratios."""
 
 
 @dataclass(frozen=True)
 class FrameSeries:
-    """What /frames holds, as plain arrays (time,); counts are NaN where nothing was computed."""
+    """What /frames holds, as plain arrays (time,); counts are NaN where nothing was computed.
+
+    What runs of before particles do not hold is NaN throughout.
+    """
 
     time: np.ndarray
     status: np.ndarray
@@ -35,6 +42,11 @@ class FrameSeries:
     species: dict[str, np.ndarray]
     devices: dict[str, int]
     denoisers: dict[str, int]
+    particles: np.ndarray
+    vacancies: np.ndarray
+    vacancies_error: np.ndarray
+    ratio: np.ndarray
+    interpretable: np.ndarray
 
     @property
     def measured(self) -> np.ndarray:
@@ -58,6 +70,16 @@ class ColumnSummary:
             return float("nan")
         middle = int(np.searchsorted(np.cumsum(counts), counts.sum() / 2))
         return float(np.sqrt(max(ERROR_EDGES[middle], 1e-4) * min(ERROR_EDGES[middle + 1], 1e3)))
+
+
+@dataclass
+class ParticleSummary:
+    """Histograms over all particles: equivalent diameter [Å], and Fourier ratio of those that have one."""
+
+    rows: int = 0
+    diameter: np.ndarray = field(default_factory=lambda: np.zeros(len(DIAMETER_EDGES) - 1, dtype=np.int64))
+    ratio: np.ndarray = field(default_factory=lambda: np.zeros(len(RATIO_EDGES) - 1, dtype=np.int64))
+    interpretable: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,7 +116,20 @@ def frame_series(run: xr.DataTree) -> FrameSeries:
         species={label: per_class[:, i] for i, label in enumerate(classes)},
         devices=_tally(values(run, "frames/device")[measured]),
         denoisers=_tally(values(run, "frames/denoiser")[measured]),
+        particles=_known(run, "particle_count", measured),
+        vacancies=_known(run, "vacancy_count", measured),
+        vacancies_error=_known(run, "vacancy_count_err", measured),
+        ratio=_known(run, "fourier_ratio", measured),
+        interpretable=_known(run, "interpretable", measured),
     )
+
+
+def _known(run: xr.DataTree, name: str, measured: np.ndarray) -> np.ndarray:
+    """A variable of /frames with NaN where it is missing."""
+    if name not in run["frames"].data_vars:
+        return np.full(len(measured), np.nan)
+    numbers = values(run, f"frames/{name}").astype(float)
+    return np.where(measured & (numbers >= 0), numbers, np.nan)
 
 
 def column_summary(run: xr.DataTree) -> ColumnSummary:
@@ -110,6 +145,19 @@ def column_summary(run: xr.DataTree) -> ColumnSummary:
     return summary
 
 
+def particle_summary(run: xr.DataTree) -> ParticleSummary:
+    """Histograms over /particles, a million rows at a time; empty before the run is collected, and in older runs."""
+    summary = ParticleSummary()
+    if "particles" not in run.children:
+        return summary
+    for batch in row_batches(run, row="particle"):
+        summary.rows += batch.sizes["particle"]
+        summary.diameter += np.histogram(batch["equivalent_diameter"].values, DIAMETER_EDGES)[0]
+        summary.ratio += np.histogram(batch["fourier_ratio"].values, RATIO_EDGES)[0]
+        summary.interpretable += int((batch["interpretable"].values == INTERPRETABLE["yes"]).sum())
+    return summary
+
+
 def statistics(series: FrameSeries) -> list[Statistics]:
     """The table of per-frame numbers: least, median, mean and most over the measured frames."""
     measured = series.measured
@@ -117,6 +165,9 @@ def statistics(series: FrameSeries) -> list[Statistics]:
     step = np.hypot(*np.diff(series.drift, axis=0, prepend=series.drift[:1]).T)
     rows: Iterable[tuple[str, str, np.ndarray]] = (
         ("columns", "per frame", series.columns),
+        ("particles", "per frame", series.particles if np.nansum(series.particles) else np.full(1, np.nan)),
+        ("missing atoms", "per frame", series.vacancies),
+        ("Fourier ratio", "", series.ratio),
         ("dose", "e⁻/Å² per frame", series.dose),
         ("electrons", "per pixel", series.electrons),
         ("signal-to-noise ratio", "", series.snr),
@@ -125,7 +176,10 @@ def statistics(series: FrameSeries) -> list[Statistics]:
         ("standard error of the drift", "Å", np.hypot(*series.drift_error.T)),
         ("saturated pixels", "share", series.saturated),
     )
-    return [_spread(name, units, numbers[measured]) for name, units, numbers in rows]
+    return [
+        _spread(name, units, numbers[measured] if len(numbers) == len(measured) else numbers)
+        for name, units, numbers in rows
+    ]
 
 
 def flagged(series: FrameSeries) -> list[tuple[int, int, str, str]]:

@@ -415,3 +415,21 @@ def test_a_class_with_an_odd_name_stays_one_name(make_run: Callable[..., Path]) 
 
     renamed = group.assign_coords(species_class=["O 2-", "__class__"])
     assert {"species_count_O_2_", "species_count___class__"} <= set(_flat(renamed, "time"))
+
+
+def test_particles_are_a_table_of_their_own(run_path: Path) -> None:
+    every = query(run_path, table="particles")
+    assert every.names[:3] == ("frame", "y", "x")
+    assert len(every.to_dataframe()) == 8
+    # Names that only particles have say which table is meant; what /frames says of their frame may be used too.
+    chosen = query(run_path, "area >= 1 and contact in ['free', 'border'] and snr > 1.5")
+    table = chosen.to_dataframe()
+    assert chosen.table == "particles" and set(table["contact"]) <= {"free", "border"} and 0 < len(table) < 8
+    assert query(run_path, "interpretable == 'yes'").table == "frames"
+
+
+def test_runs_of_before_particles_can_still_be_asked(run_path: Path) -> None:
+    shutil.rmtree(run_path / "particles")
+    assert len(query(run_path, table="columns").to_dataframe()) == 10
+    with pytest.raises(SchemaError, match="no /particles"):
+        query(run_path, table="particles")

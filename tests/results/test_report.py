@@ -138,7 +138,7 @@ def test_the_page_can_be_read_by_everyone(run_path: Path) -> None:
     assert page.all("html")[0]["lang"] == "en"
     assert all(image.get("alt") for image in page.all("img"))
     assert all(picture.get("role") == "img" and picture.get("aria-label") for picture in page.all("svg"))
-    assert len(page.all("picture")) == len(page.all("source")) == 3
+    assert len(page.all("picture")) == len(page.all("source")) == 5
     assert all("dark" in (source["media"] or "") for source in page.all("source"))
     assert all(cell.get("scope") == "col" for cell in page.all("th"))
     assert "@media print" in raw
@@ -331,7 +331,7 @@ def test_the_detail_is_inside_and_full_of_columns() -> None:
     rng = np.random.default_rng(0)
     points = np.concatenate([rng.uniform(150, 190, (30, 2)), [[10.0, 10.0]]])
     blank = np.zeros((200, 240), dtype=np.float32)
-    example = Example(0, 0.0, blank, blank, points, points * 0, 0.2, 1.0, 1.0)
+    example = Example(0, 0.0, blank, blank, points, points * 0, 0.2, 1.0, 1.0, blank.astype(int), np.zeros(0))
     window = montage.detail_window(example)
     assert window is not None
     y0, y1, x0, x1 = window
@@ -344,7 +344,7 @@ def test_the_detail_is_inside_and_full_of_columns() -> None:
 def test_large_frames_are_averaged_down() -> None:
     image = np.zeros((1300, 1400), dtype=np.float32)
     image[:, 700:] = 1
-    small = Image.open(io.BytesIO(montage._png(image, 0.0, 1.0)))
+    small = Image.open(io.BytesIO(montage._png(image)))
     assert small.size == (466, 433)
     assert np.asarray(small)[0, [0, -1]].tolist() == [0, 255]
 
@@ -359,3 +359,21 @@ def test_long_series_are_thinned_without_losing_peaks() -> None:
     assert np.nanmin(least) == 0.0
     same = thin(np.arange(5.0), np.arange(5.0), bins=100)
     assert all(np.array_equal(series, np.arange(5.0)) for series in same)
+
+
+def test_particles_are_coloured_by_what_their_lattice_says() -> None:
+    labels = np.zeros((20, 30), int)
+    labels[2:8, 2:8], labels[2:8, 12:18], labels[12:18, 2:8] = 1, 2, 3
+    flat, none = np.ones(labels.shape, np.float32), np.zeros((0, 2))
+    example = Example(0, 0.0, flat, flat, none, none, 0.2, 1.0, 1.0, labels, np.array([1.0, 50.0, np.nan]))
+    colours = montage._coloured(example)
+    equal, unequal, unknown, outside = (colours[at] for at in ((4, 4), (4, 14), (14, 4), (19, 29)))
+    assert equal[0] > equal[2] and unequal[2] > unequal[1]  # yellow and violet
+    assert len(set(unknown)) == len(set(outside)) == 1 and unknown[0] > outside[0]  # white and grey
+
+
+def test_particles_and_the_lattice_are_told(run_path: Path) -> None:
+    text = _page(report(run_path)).text
+    assert "particles found" in text and "8 2 per frame" in text  # two in each of the four measured frames
+    assert "interpretable" in text
+    assert "Fourier ratio" in text
