@@ -17,6 +17,7 @@ from schemas.profiles import Profile
 TINY = """
 seed: 3
 scenes: 3
+denoised: 1
 check_scenes: 2
 steps: 4
 batch: 2
@@ -88,8 +89,8 @@ def test_lines_of_another_process_are_heard(tmp_path, monkeypatch):
 def test_specifications_come_from_files_and_mistakes_are_named(tmp_path, spec):
     made = train.load_spec("particles", spec)
     assert made == ParticleSpec(
-        seed=3, scenes=3, check_scenes=2, steps=4, batch=2, check_every=2, edge=120, fine=0.4, crop=48, width=2,
-        dilations=(1, 2),
+        seed=3, scenes=3, denoised=1, check_scenes=2, steps=4, batch=2, check_every=2, edge=120, fine=0.4, crop=48,
+        width=2, dilations=(1, 2),
     )  # fmt: skip
     assert train.load_spec("particles", None) == ParticleSpec()
     for text, found in (

@@ -18,6 +18,7 @@ from pipeline.simulate.movie import Camera, MovieSpec
 from pipeline.simulate.scene import build_scene
 from pipeline.simulate.truth import mask_of
 from pipeline.steps import segment
+from pipeline.steps.denoise import DenoisingNetwork, FrameLinks, denoise, measure_level
 from schemas.errors import SettingsError
 
 ELEMENTS = {"Au": 0.4, "Pt": 0.2, "Pd": 0.15, "Ag": 0.1, "Cu": 0.08, "Ni": 0.07}
@@ -33,23 +34,25 @@ class ParticleSpec:
     `fine` [Å/px]; a step sees `crop` × `crop` pixels at the network's own `sampling` [Å/px]; coarsest: detector
     [Å/px] up to which frames are made; doses: least and greatest [e⁻/Å² per frame], drawn evenly in their logarithm;
     tilt: greatest angle off the zone [degrees]; raw: share of frames that no denoiser has seen; outlines: weight of
-    pixels within 1.5 Å of an outline, those elsewhere have 1.
+    pixels within 1.5 Å of an outline, those elsewhere have 1. denoised: frames made by the shipped denoiser itself, of
+    which one in three crops is taken.
     """
 
     seed: int = 51
-    scenes: int = 240
+    scenes: int = 300
+    denoised: int = 360
     check_scenes: int = 40
-    steps: int = 1500
-    batch: int = 8
+    steps: int = 1400
+    batch: int = 6
     rate: float = 4e-3
-    check_every: int = 150
+    check_every: int = 140
     edge: int = 288
     fine: float = 0.25
     crop: int = 96
     sampling: float = 0.6
     coarsest: float = 1.2
     width: int = 8
-    dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 4)
+    dilations: tuple[int, ...] = (1, 2, 4, 8, 16, 8, 4, 2)
     doses: tuple[float, float] = (20.0, 1500.0)
     tilt: float = 20.0
     raw: float = 0.5
@@ -58,7 +61,7 @@ class ParticleSpec:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if np.min(value) < 0 or (np.min(value) == 0 and item.name not in ("seed", "raw", "tilt")):
+            if np.min(value) < 0 or (np.min(value) == 0 and item.name not in ("seed", "raw", "tilt", "denoised")):
                 raise SettingsError(f"{item.name} of the training is {value!r}; expected a positive number")
         if self.crop * self.sampling > 0.9 * self.edge * self.fine:
             raise SettingsError(
@@ -73,11 +76,15 @@ class ParticleSpec:
 
 
 class Example(NamedTuple):
-    """A clean image (y, x), mean about 1, on pixels of `sampling` [Å/px], and where its particles are (y, x) bool."""
+    """An image (y, x), mean about 1, on pixels of `sampling` [Å/px], and where its particles are (y, x) bool.
+
+    clean: without noise; else it is a frame as it leaves a denoiser.
+    """
 
     image: np.ndarray
     mask: np.ndarray
     sampling: float
+    clean: bool = True
 
 
 class Prepared(NamedTuple):
@@ -131,14 +138,14 @@ def random_movie(rng: np.random.Generator, spec: ParticleSpec) -> MovieSpec:
 
 
 def examples_of(movie: MovieSpec, rng: np.random.Generator) -> list[Example]:
-    """Images of one specimen, in HRTEM at VIEWS defoci between −200 and 200 Å."""
+    """Images of one specimen, in HRTEM at VIEWS defoci within 200 Å of focus, most within 100 Å."""
     scene = build_scene(movie, int(rng.integers(2**31)))
     camera = Camera(scene)
     mask = mask_of(scene, 0, camera.origin) > 0
     if movie.mode == "haadf" or movie.kind == "vacuum":
         return [Example(camera.image(0, 0.0), mask, movie.sampling)]
     wave = camera.wave(0, scene.drift[0])
-    defoci = rng.uniform(-200, 200, VIEWS)
+    defoci = rng.uniform(-1, 1, VIEWS) * rng.choice([100.0, 200.0], VIEWS)
     return [
         Example(camera.on_detector(camera.with_ctf(wave, float(defocus))), mask, movie.sampling) for defocus in defoci
     ]
@@ -150,6 +157,25 @@ def simulate(spec: ParticleSpec, numbers: Sequence[int]) -> list[Example]:
     for number in numbers:
         rng = np.random.default_rng([spec.seed, 7, number])
         found += examples_of(random_movie(rng, spec), rng)
+    return found
+
+
+def denoised_examples(
+    examples: Sequence[Example], denoiser: DenoisingNetwork, spec: ParticleSpec, numbers: Sequence[int]
+) -> list[Example]:
+    """Random examples at random doses behind a denoiser: the middle of as many still frames as it looks at."""
+    found = []
+    for number in numbers:
+        rng = np.random.default_rng([spec.seed, 11, number])
+        image, mask, sampling, _ = examples[int(rng.integers(len(examples)))]
+        dose = float(np.exp(rng.uniform(*np.log(spec.doses))))
+        count = 2 * max(denoiser.offsets) + 1
+        clean = np.broadcast_to(np.maximum(image, 0), (count, *image.shape))
+        frames = rng.poisson(dose * sampling**2 * clean).astype(np.float32)
+        links = FrameLinks(np.zeros((count, 2), np.int64), np.ones(count, bool), np.zeros(count, np.int64))
+        level = measure_level(frames, readout_variance=0.0)
+        made = denoise(denoiser, frames, [count // 2], links=links, level=level, tile=None, dtype="float32")[0]
+        found.append(Example(made / max(float(made.mean()), 1e-9), mask, sampling, clean=False))
     return found
 
 
@@ -185,11 +211,11 @@ def prepared(example: Example, rng: np.random.Generator, spec: ParticleSpec, *, 
 
     Now and then the detector is coarser than the simulation, or an illumination that falls off to one side is added.
     """
-    image, mask, sampling = example
-    if rng.random() < 0.3:
+    image, mask, sampling, clean = example
+    if clean and rng.random() < 0.3:
         coarse = float(rng.uniform(2 * spec.fine, spec.coarsest))
         image, sampling = _binned(image, sampling / coarse), coarse
-    frame = frame_of(image, rng, sampling=sampling, dose=dose, raw=raw)
+    frame = frame_of(image, rng, sampling=sampling, dose=dose, raw=raw) if clean else image
     if rng.random() < 0.4:
         rows, cols = (np.linspace(-1, 1, n) for n in frame.shape)
         slope = rng.normal(0, 0.05, 2)
@@ -208,9 +234,15 @@ def _binned(image: np.ndarray, factor: float) -> np.ndarray:
     return np.asarray(functional.interpolate(tensor, size=size, mode="area")[0, 0].numpy())
 
 
-def sample(examples: Sequence[Example], rng: np.random.Generator, spec: ParticleSpec) -> tuple[Tensor, Tensor]:
-    """Input and target (1, crop, crop) of a random crop of a random frame, turned and flipped."""
-    example = examples[int(rng.integers(len(examples)))]
+def sample(
+    examples: Sequence[Example], rng: np.random.Generator, spec: ParticleSpec, *, frames: Sequence[Example] = ()
+) -> tuple[Tensor, Tensor]:
+    """Input and target (1, crop, crop) of a random crop of a random frame, turned and flipped.
+
+    One in three is of `frames` that left a denoiser, if there are any.
+    """
+    chosen = frames if len(frames) and rng.random() < 0.33 else examples
+    example = chosen[int(rng.integers(len(chosen)))]
     dose = float(np.exp(rng.uniform(*np.log(spec.doses))))
     made = prepared(example, rng, spec, dose=dose, raw=bool(rng.random() < spec.raw))
     gain = float(np.exp(rng.uniform(-0.3, 0.3)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,10 +14,19 @@ from torch.nn import functional
 
 from pipeline.networks import training
 from pipeline.networks.msdnet import MSDNet
-from pipeline.networks.particle_data import Example, ParticleSpec, Prepared, prepared, sample, simulate
+from pipeline.networks.particle_data import (
+    Example,
+    ParticleSpec,
+    Prepared,
+    denoised_examples,
+    prepared,
+    sample,
+    simulate,
+)
 from pipeline.networks.training import Fit, Network, Report
-from pipeline.networks.weights import save_weights
+from pipeline.networks.weights import load_weights, save_weights
 from pipeline.steps import windows
+from pipeline.steps.denoise import DenoisingNetwork
 from pipeline.steps.segment import PARTICLE_SAMPLING_RANGE
 
 RARE = -1.5  # first logit of a particle: some fifth of the pixels belong to one
@@ -33,8 +42,8 @@ not matter. **Output**: a logit of the probability of a particle.
 **Data**: simulated images alone (`pipeline/networks/particle_data.py`): particles of Au, Pt, Pd, Ag, Cu, Ni of 6 to
 24 Å radius and 8 to 34 Å thickness, up to five in view, on zone [110], [100], [111] and up to {tilt:.0f}° off it, on
 amorphous carbon; bare film, sheets of graphene, hBN, MoS2, WSe2 and empty views as what is no particle. HRTEM at 80 to
-300 kV within 200 Å of focus, and some HAADF. Doses of {least:.0f} to {most:.0f} e⁻/Å² per frame, as single raw frames
-and as denoisers leave them. An outline holds all within 0.42 lattice constants of an atom.
+300 kV within 200 Å of focus, and some HAADF. Doses of {least:.0f} to {most:.0f} e⁻/Å² per frame, as single raw frames,
+as denoisers leave them, and behind the shipped denoiser. An outline holds all within 0.42 lattice constants of an atom.
 """
 
 
@@ -54,7 +63,8 @@ def train(
     """
     report(f"simulating {spec.scenes} specimens")
     examples = simulate(spec, range(spec.scenes))
-    found = fitted(untrained(spec), examples, spec, folder=folder, report=report)
+    frames = denoised_examples(examples, denoiser(), spec, range(spec.denoised))
+    found = fitted(untrained(spec), examples, spec, frames=frames, folder=folder, report=report)
     network = found.network
     facts = metadata(spec, images=len(examples), best=found.best) | {"command": command}
     digest = save_weights(network, path, facts)
@@ -73,6 +83,11 @@ def train(
     return digest
 
 
+def denoiser() -> DenoisingNetwork:
+    """The denoiser that ships."""
+    return cast(DenoisingNetwork, load_weights("denoise").module)
+
+
 def untrained(spec: ParticleSpec) -> MSDNet:
     """The network before its first step."""
     with torch.random.fork_rng(devices=[]):
@@ -84,13 +99,19 @@ def untrained(spec: ParticleSpec) -> MSDNet:
 
 
 def fitted(
-    network: Network, examples: Sequence[Example], spec: ParticleSpec, *, folder: Path | None, report: Report
+    network: Network,
+    examples: Sequence[Example],
+    spec: ParticleSpec,
+    *,
+    frames: Sequence[Example],
+    folder: Path | None,
+    report: Report,
 ) -> Fit[Network]:
-    """Any network of one input and one output, trained as the specification says."""
+    """Any network of one input and one output, trained as the specification says; `frames` have been denoised."""
     checks = validation_set(spec)
     return training.fit(
         network,
-        lambda rng: sample(examples, rng, spec),
+        lambda rng: sample(examples, rng, spec, frames=frames),
         lambda candidate, images, targets: loss(candidate, images, targets, spec),
         lambda candidate: validate(candidate, checks),
         plan=spec.plan,
@@ -126,13 +147,18 @@ def loss(network: nn.Module, images: Tensor, targets: Tensor, spec: ParticleSpec
 
 
 def validation_set(spec: ParticleSpec) -> list[Check]:
-    """Frames of specimens that are not trained on, raw and denoised in turn, each at all CHECK_DOSES."""
+    """Frames of specimens that are not trained on: raw, as if denoised, denoised, in turn; each at all CHECK_DOSES."""
     examples = simulate(spec, range(10**6, 10**6 + spec.check_scenes))
+    network = denoiser()
     out = []
     for index, example in enumerate(examples):
         for number, dose in enumerate(CHECK_DOSES):
             rng = np.random.default_rng([spec.seed, 9, index, number])
-            out.append(Check(prepared(example, rng, spec, dose=dose, raw=(index + number) % 2 == 0), dose))
+            kind, shown = (index + number) % 3, example
+            if kind == 2:
+                at_dose = replace(spec, doses=(dose, dose))
+                shown = denoised_examples([example], network, at_dose, [10**6 + index * 10 + number])[0]
+            out.append(Check(prepared(shown, rng, spec, dose=dose, raw=kind == 0), dose))
     return out
 
 

@@ -13,8 +13,8 @@ from pipeline.steps import segment
 from schemas.errors import SettingsError
 
 SMALL = ParticleSpec(
-    seed=5, scenes=4, check_scenes=2, steps=60, batch=4, check_every=30, edge=120, fine=0.4, crop=60, rate=0.02,
-    width=4, dilations=(1, 2, 4),
+    seed=5, scenes=4, denoised=2, check_scenes=2, steps=60, batch=4, check_every=30, edge=120, fine=0.4, crop=60,
+    rate=0.02, width=4, dilations=(1, 2, 4),
 )  # fmt: skip
 
 
@@ -90,7 +90,9 @@ def test_training_learns_and_is_repeatable():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_particles, "simulate", lambda spec, numbers: examples)
         found = [
-            train_particles.fitted(train_particles.untrained(SMALL), examples, SMALL, folder=None, report=lines.append)
+            train_particles.fitted(
+                train_particles.untrained(SMALL), examples, SMALL, frames=(), folder=None, report=lines.append
+            )
             for _ in range(2)
         ]
     for one, two in zip(found[0].network.parameters(), found[1].network.parameters(), strict=True):

@@ -75,8 +75,8 @@ def test_missing_and_misshapen_tensors_are_named(network, tmp_path):
 
 
 def test_unknown_architectures_and_configurations_are_refused():
-    with pytest.raises(SettingsError, match=r"'unet'.*blindspot"):
-        build("unet", {})
+    with pytest.raises(SettingsError, match=r"'transformer'.*blindspot"):
+        build("transformer", {})
     with pytest.raises(SettingsError, match="wings"):
         build("blindspot", {**SMALL, "wings": 2})
     with pytest.raises(SettingsError, match="multiple of 16"):
