@@ -203,7 +203,7 @@ def _reason(ledger: Ledger, step: str, deps: Mapping[str, Any], key: str, total:
 BASE_MEMORY = 0.7e9  # bytes of a worker that has imported torch, zarr and dask and loaded both networks
 SAMPLE_PIXELS = 2**26  # most pixels of a sample of frames: what keeps it in memory whatever the frame size
 REGION_BYTES = 64  # per pixel of a frame whose particles are labelled and measured
-SPECTRUM_BYTES = 140  # per pixel of what is Fourier transformed: the box of a particle, or the middle of a frame
+SPECTRUM_BYTES = 72  # per pixel of what is Fourier transformed: the box of a particle, or the middle of a frame
 FITTING_MEMORY = 0.25e9  # bytes that the fit of the noise takes at most beside its frames
 
 

@@ -35,13 +35,18 @@ def movie(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    return {**tools.untrained(tmp_path_factory.mktemp("weights")), "blocks.frames": BLOCK, "images.examples": 0}
+    folder = tmp_path_factory.mktemp("weights")
+    facts = {"sampling": 0.4, "sampling_range": [0.1, 0.8]}
+    bright = tools.linear(folder / "bright.safetensors", np.array([[8.0]]), np.array([0.0]), **facts)
+    particles = {"particles.model": bright, "particles.min_area": 1.0}
+    return {**tools.untrained(folder), **particles, "blocks.frames": BLOCK, "images.examples": 0}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(movie, settings, tmp_path_factory):
     """The run that nobody killed."""
     (outcome,) = tools.run_job(movie, tmp_path_factory.mktemp("undisturbed"), **settings)
+    assert outcome.particles > FRAMES
     return outcome.path
 
 

@@ -57,6 +57,11 @@ def changed(before: dict[str, str], after: dict[str, str]) -> tuple[str, ...]:
         ("segment.contrast=dark", "vote"),
         ("segment.window=128", "process"),
         ("columns.threshold=0.6", "process"),
+        ("particles.threshold=0.4", "process"),
+        ("fourier.significance=3", "process"),
+        ("fourier.threshold=3", "collect"),  # what can be interpreted is decided when tables are written
+        ("species.margin=2", "process"),
+        ("drift.defocus_shift=5", "survey"),
         ("images.save=[denoised]", "process"),
         ("images.examples=3", "collect"),
         ("blocks.frames=3", None),
@@ -96,6 +101,7 @@ def test_every_setting_belongs_to_a_step_or_changes_no_result() -> None:
         ({"time": [0.0, 0.5, 9.0, 9.5]}, "adapt"),  # a gap parts neighbours
         ({"time": [7.0, 7.5, 8.0, 8.5]}, None),
         ({"energy": 80.0}, "collect"),
+        ({"defocus": [0.0, 50.0]}, "survey"),  # the planes of a series are compared
     ],
 )
 def test_recalibration_redoes_only_what_depends_on_it(
@@ -131,6 +137,20 @@ def test_weights_are_known_by_their_content(tiny_weights: dict[str, Path], tmp_p
     before = keys(items)
     copy.write_bytes(tiny_weights["columns"].read_bytes() + b" ")
     assert changed(before, keys(items)) == plan.from_step("vote")
+
+
+@pytest.mark.parametrize("setting", ["particles.model", "species.model"])
+def test_weights_of_what_is_measured_redo_process_alone(weights: list[str], tmp_path: Path, setting: str) -> None:
+    path = tmp_path / "own.safetensors"
+    path.write_bytes(b"one")
+    before, without = keys([*weights, f"{setting}={path}"]), keys(weights)
+    path.write_bytes(b"two")
+    assert changed(before, keys([*weights, f"{setting}={path}"])) == plan.from_step("process")
+    assert changed(before, without) == plan.from_step("process")
+
+
+def test_other_defoci_of_as_many_planes_are_only_told_anew(weights: list[str]) -> None:
+    assert changed(keys(weights, defocus=[0.0, 50.0]), keys(weights, defocus=[0.0, 60.0])) == ("collect",)
 
 
 def test_a_new_version_of_a_step_redoes_it(weights: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +257,14 @@ def test_memory_grows_with_what_a_task_holds_and_not_with_the_movie() -> None:
     assert memory(["denoise.tile=256", "segment.window=256"], (1000, 4096, 4096)) < memory(
         ["denoise.tile=null", "segment.window=null"], (1000, 4096, 4096)
     )
+
+
+def test_memory_counts_planes_and_particles(tmp_path: Path) -> None:
+    settings, shape = Settings(), (100, 2048, 2048)
+    one, three = (plan.predict_memory(settings, shape, 2, 4, 3, planes) for planes in (1, 3))
+    assert three - one >= 3 * 2048**2 * 6 - 2048**2 * plan.SPECTRUM_BYTES
+    assert memory(["particles.model=any"], shape) > memory([], shape)
+    assert memory(["particles.model=any", "images.save=[labels]"], shape) > memory(["particles.model=any"], shape)
 
 
 def test_memory_holds_at_least_the_frames_of_the_task() -> None:
