@@ -25,7 +25,7 @@ from pipeline.steps.agreement import calibration
 
 Report = Callable[[str], None]
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "MS-D 8 × 6": lambda: MSDNet(inputs=1, outputs=1, width=8, dilations=(1, 2, 4, 8, 12, 4)),
+    "MS-D 8 × 8": lambda: MSDNet(inputs=1, outputs=1, width=8, dilations=(1, 2, 4, 8, 16, 8, 4, 2)),
     "MS-D 1 × 30": lambda: MSDNet(inputs=1, outputs=1, width=1, dilations=[i % 10 + 1 for i in range(30)]),
     "U-Net 8-16-32": lambda: UNet(inputs=1, outputs=1, features=(8, 16, 32)),
     "encoder-decoder": lambda: EncoderDecoder(inputs=1, outputs=1),
@@ -34,7 +34,7 @@ DOSES = {"all": (20.0, 1500.0), "low": (20.0, 100.0), "high": (400.0, 1500.0)}
 PREPARATIONS = {"both": 0.5, "raw": 1.0, "denoised": 0.0}  # share of raw frames
 SAMPLINGS = (0.6, 0.4, 1.0)  # Å/px
 TEST_DOSES = (20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)  # e⁻/Å² per frame
-REACH = 58.0  # Å, edge of what a step sees
+REACH = 48.0  # Å, edge of what a step sees
 BINS = 10
 
 
@@ -71,7 +71,7 @@ class Row(NamedTuple):
 def trials() -> list[Trial]:
     """All trainings: architectures × doses, then preparations and samplings of the two that are compared most."""
     out = [Trial("architecture × dose", network, doses) for network in NETWORKS for doses in DOSES]
-    for network in ("MS-D 8 × 6", "U-Net 8-16-32"):
+    for network in ("MS-D 8 × 8", "U-Net 8-16-32"):
         out += [Trial("preparation", network, preparation=p) for p in list(PREPARATIONS)[1:]]
         out += [Trial("resolution", network, sampling=s) for s in SAMPLINGS[1:]]
     return out

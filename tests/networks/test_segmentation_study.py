@@ -40,7 +40,7 @@ def test_there_are_at_most_24_trainings_all_different():
 
 @pytest.mark.parametrize("sampling", study.SAMPLINGS)
 def test_every_resolution_sees_the_same_part_of_a_specimen(sampling):
-    spec = study.spec_of(study.Trial("resolution", "MS-D 8 × 6", sampling=sampling), ParticleSpec())
+    spec = study.spec_of(study.Trial("resolution", "MS-D 8 × 8", sampling=sampling), ParticleSpec())
     assert spec.crop % 8 == 0 and abs(spec.crop * sampling - study.REACH) < 8
 
 
@@ -75,7 +75,7 @@ def test_a_study_gives_a_row_for_each_dose_and_kind():
 
 
 def test_the_script_writes_a_page_and_a_figure(tmp_path):
-    trial = study.Trial("architecture × dose", "MS-D 8 × 6")
+    trial = study.Trial("architecture × dose", "MS-D 8 × 8")
     rows = [
         [trial.__dict__, dose, kind, 0.9, 0.8, 0.85, 0.71, 0.02, 1.234]
         for dose in study.TEST_DOSES
@@ -86,6 +86,6 @@ def test_the_script_writes_a_page_and_a_figure(tmp_path):
     subprocess.run(command, check=True, cwd=SCRIPT.parents[1])
     text = (tmp_path / "page.md").read_text()
     assert (
-        "| MS-D 8 × 6, all doses, both frames, 0.6 Å/px | 50 | 0.900 | 0.800 | 0.850 | 0.710 | 0.020 | 1.23 |" in text
+        "| MS-D 8 × 8, all doses, both frames, 0.6 Å/px | 50 | 0.900 | 0.800 | 0.850 | 0.710 | 0.020 | 1.23 |" in text
     )
     assert (tmp_path / "page.png").stat().st_size > 10_000
