@@ -236,7 +236,8 @@ def predict_memory(
     windows = [settings.segment.window]
     windows += [settings.particles.window] if settings.particles.model is not None else []
     windows += [settings.species.window] if settings.species.model is not None else []
-    activations = max(tile, *(min(pixels * 1.0, (window or math.inf) ** 2) for window in windows)) * 4 * 48
+    # Some 50 maps, and those of them that the next convolution reads once more.
+    activations = max(tile, *(min(pixels * 1.0, (window or math.inf) ** 2) for window in windows)) * 4 * 96
     series = planes * pixels * (itemsize + 24) + pixels * 64 if planes > 1 else 0
     spectrum = pixels if settings.particles.model is not None else min(pixels, SPECTRUM_EDGE**2)
     regions = pixels * REGION_BYTES if settings.particles.model is not None else 0
