@@ -42,10 +42,10 @@ class ParticleSpec:
     scenes: int = 300
     denoised: int = 360
     check_scenes: int = 40
-    steps: int = 1400
+    steps: int = 1000
     batch: int = 6
     rate: float = 4e-3
-    check_every: int = 140
+    check_every: int = 125
     edge: int = 288
     fine: float = 0.25
     crop: int = 96
