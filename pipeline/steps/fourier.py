@@ -31,9 +31,13 @@ ZONES = (  # face-centred cubic: zone, ratio of the lengths of two reflections, 
     ("110", (8 / 3) ** 0.5, 35.26),  # 111 and 220
     ("110", (8 / 3) ** 0.5, 90.0),
     ("110", 2**0.5, 90.0),  # 200 and 220
+    ("110", (11 / 8) ** 0.5, 64.76),  # 220 and 113
+    ("110", 1.0, 50.48),  # two of 113
+    ("110", (12 / 11) ** 0.5, 79.98),  # 113 and 222
     ("111", 1.0, 60.0),  # two of 220
+    ("111", 3**0.5, 90.0),  # 220 and 422
 )
-ZONE_LENGTH, ZONE_ANGLE = 0.05, 5.0  # how far from these a zone is still named: part of the ratio, degrees
+ZONE_LENGTH, ZONE_ANGLE = 0.04, 4.0  # how far from these a zone is still named: part of the ratio, degrees
 
 
 class Pairs(NamedTuple):
