@@ -138,12 +138,13 @@ def random_movie(rng: np.random.Generator, spec: ParticleSpec) -> MovieSpec:
 
 
 def examples_of(movie: MovieSpec, rng: np.random.Generator) -> list[Example]:
-    """Images of one specimen, in HRTEM at VIEWS defoci within 200 Å of focus, most within 100 Å."""
+    """VIEWS images of one specimen, in HRTEM at defoci within 200 Å of focus, most within 100 Å."""
     scene = build_scene(movie, int(rng.integers(2**31)))
     camera = Camera(scene)
     mask = mask_of(scene, 0, camera.origin) > 0
     if movie.mode == "haadf" or movie.kind == "vacuum":
-        return [Example(camera.image(0, 0.0), mask, movie.sampling)]
+        # Every specimen counts as much, whatever its number of images.
+        return [Example(camera.image(0, 0.0), mask, movie.sampling)] * VIEWS
     wave = camera.wave(0, scene.drift[0])
     defoci = rng.uniform(-1, 1, VIEWS) * rng.choice([100.0, 200.0], VIEWS)
     return [
