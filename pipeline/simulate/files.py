@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,52 @@ def load_spec(path: Path) -> MovieSpec:
         raise SettingsError(f"{path} cannot be read as YAML: {error}") from None
     if not isinstance(data, dict):
         raise SettingsError(f"{path} holds {type(data).__name__}; expected fields of a movie such as `frames: 40`")
-    known = {item.name for item in dataclasses.fields(MovieSpec)}
-    problems = []
-    for key in data:
+    known = {item.name: str(item.type) for item in dataclasses.fields(MovieSpec)}
+    problems, values = [], {}
+    for key, value in data.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), sorted(known), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"expected some of: {', '.join(sorted(known))}"
             problems.append(f"{key} is no field of a movie; {hint}")
+            continue
+        try:
+            values[key] = _typed(value, known[key])
+        except (TypeError, ValueError):
+            problems.append(f"{key} is {value!r}; expected {known[key]}")
     if problems:
         raise SettingsError(f"{path}: {len(problems)} problem(s)\n  " + "\n  ".join(problems))
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     return MovieSpec(**values)
+
+
+def _typed(value: Any, kind: str) -> Any:
+    """A YAML value as the type that a field states; YAML takes 110 for a number and 5e4 for text."""
+    kind, _, rest = kind.partition(" | ")
+    if value is None and rest == "None":
+        return None
+    if kind.startswith("tuple["):
+        if not isinstance(value, list):
+            raise TypeError(kind)
+        kinds = kind[len("tuple[") : -1].split(", ")
+        kinds = [kinds[0]] * len(value) if kinds[-1] == "..." else kinds
+        return tuple(_typed(one, each) for one, each in zip(value, kinds, strict=True))
+    if isinstance(value, bool) != (kind == "bool") or isinstance(value, list | dict) or value is None:
+        raise TypeError(kind)
+    if kind == "int" and float(value) != int(float(value)):
+        raise ValueError(kind)
+    convert: dict[str, Callable[[Any], Any]] = {"str": str, "float": float, "int": lambda n: int(float(n)), "bool": bool}
+    return convert[kind](value)
 
 
 def write_movie(movie: SimulatedMovie, path: Path) -> None:
     """Write the counts as an ImageJ TIFF stack (calibrated in Å and s) or as MRC (calibrated in Å).
 
-    The format follows the name's ending: .tif or .tiff, .mrc. Raises ``SettingsError`` for any other.
+    The format follows the name's ending: .tif or .tiff, .mrc. Raises ``SettingsError`` for any other, and for a focal
+    series, which these formats do not describe.
     """
+    if movie.counts.ndim == 4:
+        raise SettingsError(
+            f"{path} cannot hold a focal series; expected a stack, named {path.with_suffix('.zarr').name}"
+        )
     counts = np.ascontiguousarray(movie.counts)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() in (".tif", ".tiff"):
