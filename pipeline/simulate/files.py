@@ -57,7 +57,8 @@ def _typed(value: Any, kind: str) -> Any:
         raise TypeError(kind)
     if kind == "int" and float(value) != int(float(value)):
         raise ValueError(kind)
-    convert: dict[str, Callable[[Any], Any]] = {"str": str, "float": float, "int": lambda n: int(float(n)), "bool": bool}
+    whole: Callable[[Any], Any] = int if not isinstance(value, str) else lambda text: int(float(text))
+    convert: dict[str, Callable[[Any], Any]] = {"str": str, "float": float, "int": whole, "bool": bool}
     return convert[kind](value)
 
 
