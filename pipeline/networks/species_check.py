@@ -110,7 +110,9 @@ def judge(model: SpeciesModel, images: Sequence[Image], *, threshold: float = TH
         spurious = match.spurious[within[match.spurious]]
         np.add.at(confusion, (np.full(len(spurious), size), name[spurious]), 1)
         count, error = vacancies(found.probabilities[within], missing=model.missing)
-        counts.append((float(np.array(model.missing)[classes[kept]].sum()), count, error))
+        # Of the sites at the margin those are true that were found inside it.
+        counted = np.concatenate([match.true[within[match.detected]], lost])
+        counts.append((float(np.array(model.missing)[classes[counted]].sum()), count, error))
         probabilities.append(found.probabilities[match.detected[judged]])
         truth.append(classes[match.true[judged]])
     joined = np.concatenate(probabilities), np.concatenate(truth)

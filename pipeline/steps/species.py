@@ -48,7 +48,7 @@ FLATTEN = 5.0  # Å, standard deviation of the Gaussian whose local mean is remo
 GAIN = {"hrtem": 5.0, "haadf": 1.0}  # of the relative contrast (hrtem), of the contrast in units of the frame's (haadf)
 KNEE = 3.0  # input beyond which it grows only logarithmically
 EVIDENCE = 3.0  # log ratio that one site may say at most about which element its place belongs to
-POOLING = 0.33  # weight of a neighbour's evidence; below 1/3, the most for three neighbours each
+POOLING = 0.99  # weight of the evidence of all three neighbours; below 1
 ROUNDS = 200  # in which evidence travels from neighbour to neighbour
 REACH = 0.22  # Å, standard deviation of the weights with which pixels around a site are averaged
 
@@ -230,7 +230,9 @@ def _from_neighbours(model: SpeciesModel, y: Floats, x: Floats, probabilities: F
     reach = 1.3 * model.distance / 0.7 / model.sampling
     pairs = cKDTree(np.column_stack([y, x])).query_pairs(reach, output_type="ndarray")
     ends = np.concatenate([pairs, pairs[:, ::-1]])
-    near = coo_array((np.full(len(ends), POOLING), (ends[:, 0], ends[:, 1])), shape=(len(y), len(y))).tocsr()
+    # Sites with more than three neighbours, which are errors, must not make evidence grow from round to round.
+    weight = np.sqrt(POOLING / np.maximum(np.bincount(ends[:, 0], minlength=len(y)), 3))
+    near = coo_array((weight[ends[:, 0]] * weight[ends[:, 1]], (ends[:, 0], ends[:, 1])), shape=(len(y),) * 2).tocsr()
     total = own
     for _ in range(ROUNDS):
         total = own - near @ total

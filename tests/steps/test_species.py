@@ -121,6 +121,24 @@ def test_what_was_not_trained_is_refused() -> None:
         SpeciesModel.of(network, {"sampling": 0.2})
 
 
+def test_neighbours_settle_which_element_a_place_is_of() -> None:
+    """Sites of a honeycomb lattice whose own evidence is weak, wrong at some, and too near to each other at one."""
+    rng = np.random.default_rng(0)
+    grid = np.stack(np.meshgrid(np.arange(-9, 9), np.arange(-9, 9)), -1).reshape(-1, 2)
+    vectors = 3.18 / 0.2 * np.array([[1.0, 0.0], [-0.5, np.sqrt(3) / 2]])
+    places = np.concatenate([grid @ vectors, (grid + np.array([1 / 3, 2 / 3])) @ vectors]) + 200
+    is_mo = np.repeat([True, False], len(grid))
+    evidence = np.where(is_mo, 1, -1) * rng.normal(0.5, 1.0, len(places))
+    assert np.mean((evidence > 0) == is_mo) < 0.75
+    places, evidence = np.vstack([places, places.mean(0) + 3]), np.append(evidence, 2.0)
+    probability = 1 / (1 + np.exp(-evidence))
+    probabilities = np.column_stack([probability, 1 - probability, np.zeros((len(places), 2))])
+    model = SpeciesModel.of(Known([]), FACTS)
+    settled = species._settled(model, probabilities, species._from_neighbours(model, *places.T, probabilities))
+    np.testing.assert_allclose(settled.sum(1), 1)
+    assert np.mean((settled[:-1, 0] > 0.5) == is_mo) > 0.99
+
+
 def test_no_sites_mean_no_vacancies() -> None:
     found = classify(Known([]), np.ones((3, 40, 40), np.float32))
     assert len(found.sites.y) == 0
