@@ -111,7 +111,7 @@ class Drift(Section):
     )
     cauchy: Positive = Field(2.5, description="residual, in standard errors, at which a pair counts half")
     defocus_shift: Positive = Field(
-        24.0, description="largest offset between the planes of a focal series, in pixels, along each axis"
+        6.0, description="plausible offset between the planes of a focal series in pixels; a scale, no limit"
     )
 
 
@@ -175,7 +175,8 @@ class Particles(Section):
     """Particles as a whole: where they are, how large, how they lie."""
 
     model: str | None = Field(
-        None, description="name of shipped weights or path of a safetensors file; none: particles are not looked for"
+        "particles",
+        description="name of shipped weights or path of a safetensors file; none: particles are not looked for",
     )
     threshold: Probability = Field(0.5, description="least probability of a pixel of a particle")
     min_area: Positive = Field(50.0, description="least area of a particle in Å²")
@@ -195,7 +196,7 @@ class Fourier(Section):
     )
     significance: Positive = Field(12.0, description="least power of a peak over the background at its frequency")
     threshold: Positive = Field(
-        10.0, description="brightest-to-dimmest ratio of symmetric peaks up to which a lattice can be interpreted"
+        2.0, description="brightest-to-dimmest ratio of symmetric peaks up to which a lattice can be interpreted"
     )
 
 

@@ -20,7 +20,9 @@ Floats = NDArray[np.float64]
 
 EDGE = 3.0  # Å over which the window rises from the rim of a particle inwards
 RING = 0.02  # 1/Å; width of the rings in which the background is a median
-MOST_PEAKS = 16
+MOST_PEAKS = 32
+SIDELOBE = 0.015  # of the brightest pair; what is dimmer may be the window's, not a lattice's
+CLOSED = 0.035  # 1/Å within which a peak lies at the sum or the difference of two others
 APART = np.deg2rad(30.0)  # two pairs nearer in direction than this do not span a lattice
 MOST_LENGTHS = 1.8  # nor do two whose lengths differ by more than this factor
 ZONES = (  # face-centred cubic: zone, ratio of the lengths of two reflections, angle between their lines [deg]
@@ -33,7 +35,6 @@ ZONES = (  # face-centred cubic: zone, ratio of the lengths of two reflections, 
     ("110", 2**0.5, 90.0),  # 200 and 220
     ("110", (11 / 8) ** 0.5, 64.76),  # 220 and 113
     ("110", 1.0, 50.48),  # two of 113
-    ("110", (12 / 11) ** 0.5, 79.98),  # 113 and 222
     ("111", 1.0, 60.0),  # two of 220
     ("111", 3**0.5, 90.0),  # 220 and 422
 )
@@ -65,7 +66,8 @@ def fourier_map(
     highest spatial frequency of lattice peaks [1/Å]; significance: least power of a peak over the background of its
     ring [1]; threshold: greatest ratio of a particle that can be interpreted.
 
-    ratio: brightest over dimmest of the two pairs that span the lattice [1], NaN without two; spacings (particle, 2):
+    ratio: brightest over dimmest of the two pairs that span the lattice [1], NaN without two, or where neither their
+    sum nor their difference is a peak; spacings (particle, 2):
     theirs [Å], wider first, NaN where not seen; angle between their lines [deg], 0…90; peaks: pairs above the
     significance; zone: "100", "110" or "111" where lengths and angle are those of a face-centred cubic crystal, else
     "", and interpretable: ratio at most the threshold.
@@ -111,7 +113,8 @@ def read_spectrum(
 ) -> dict[str, Any]:
     """Ratio, spacings (2,), angle, peaks, zone and interpretable of a crop (y, x) under a window (y, x) [0…1]."""
     pairs = find_pairs(crop, window, sampling=sampling, band=band)
-    seen = Pairs(*(values[pairs.significance >= significance] for values in pairs))
+    bright = (pairs.significance >= significance) & (pairs.power >= SIDELOBE * pairs.power.max(initial=0))
+    seen = Pairs(*(values[bright] for values in pairs))
     out: dict[str, Any] = {
         "ratio": np.nan,
         "spacings": np.full(2, np.nan),
@@ -122,7 +125,7 @@ def read_spectrum(
     }
     if len(seen.power):
         out["spacings"][0] = 1 / np.hypot(seen.ky[0], seen.kx[0])
-    basis = _basis(seen)
+    basis = _basis(seen, pairs, significance / 2)
     if basis is None:
         return out
     first, second = basis
@@ -136,7 +139,7 @@ def read_spectrum(
 
 
 def find_pairs(crop: Floats, window: Floats, *, sampling: float, band: tuple[float, float]) -> Pairs:
-    """The strongest maxima of the power spectrum in a band [1/Å], at most 16 of them, however weak.
+    """The strongest maxima of the power spectrum in a band [1/Å], at most 32 of them, however weak.
 
     crop (y, x) [electrons], window (y, x) [0…1]. Power is |F|² / Σ window², so that white noise of variance v has mean
     v; the background is the mean that the median of a ring stands for if the ring holds exponential noise.
@@ -212,15 +215,30 @@ def _between(pairs: Pairs, first: int, second: int) -> float:
     return min(turn, np.pi - turn)
 
 
-def _basis(pairs: Pairs) -> tuple[int, int] | None:
-    """The two non-collinear pairs of like length whose dimmer one is brightest; None without two."""
-    length = np.hypot(pairs.ky, pairs.kx)
+def _basis(seen: Pairs, pairs: Pairs, least: float) -> tuple[int, int] | None:
+    """The two non-collinear pairs of like length whose dimmer one is brightest; None without two.
+
+    Two pairs span a lattice only if their sum or their difference, or half of it (200 of 220 and 2-20), is a peak as
+    well, of at least so much significance: less than theirs, since its place is known. Tilted, pairs that are equal by
+    chance have none.
+    """
+    length = np.hypot(seen.ky, seen.kx)
+    places = np.stack([pairs.ky, pairs.kx], axis=1)[pairs.significance >= least]
     for second in range(1, len(length)):
         for first in range(second):
             like = max(length[first], length[second]) <= MOST_LENGTHS * min(length[first], length[second])
-            if like and _between(pairs, first, second) >= APART:
+            if like and _between(seen, first, second) >= APART and _closed(seen, first, second, places):
                 return first, second
     return None
+
+
+def _closed(pairs: Pairs, first: int, second: int, places: Floats) -> bool:
+    one, other = (np.array([pairs.ky[i], pairs.kx[i]]) for i in (first, second))
+    for wanted in (one + other, one - other, (one + other) / 2, (one - other) / 2):
+        off = min(float(np.linalg.norm(places - sign * wanted, axis=1).min(initial=np.inf)) for sign in (1, -1))
+        if off <= CLOSED:
+            return True
+    return False
 
 
 def _zone(lengths: float, angle: float) -> str:

@@ -24,6 +24,13 @@ def waves(*parts, dose=30.0, seed=0):
     return np.random.default_rng(seed).poisson(dose * image).astype(float)
 
 
+def lattice(one, other, **options):
+    """The waves of two pairs (amplitude, length, degrees) and, weaker, of the shorter of their sum and difference."""
+    vectors = [length * np.exp(1j * np.deg2rad(degrees)) for _, length, degrees in (one, other)]
+    third = min(vectors[0] - vectors[1], vectors[0] + vectors[1], key=abs)
+    return waves(one, other, (0.1, abs(third), np.rad2deg(np.angle(third))), **options)
+
+
 def disc(y=20.0, x=20.0, radius=12.0, label=1):
     return np.where((Y - y) ** 2 + (X - x) ** 2 < radius**2, label, 0)
 
@@ -39,17 +46,17 @@ def disc(y=20.0, x=20.0, radius=12.0, label=1):
     ],
 )
 def test_spacings_angle_and_zone(lengths, angle, zone):
-    frame = waves((0.2, lengths[0], 17.0), (0.2, lengths[1], 17.0 + angle))
+    frame = lattice((0.2, lengths[0], 17.0), (0.2, lengths[1], 17.0 + angle))
     found = fourier_map(frame, disc(), **SETTINGS)
     assert found["spacings"][0] == pytest.approx(sorted(1 / np.array(lengths))[::-1], rel=0.01)
     assert found["angle"][0] == pytest.approx(angle, abs=1.5)
     assert found["zone"][0] == zone
-    assert found["peaks"][0] == 2
+    assert found["peaks"][0] == 3
 
 
 @pytest.mark.parametrize("ratio", [1.0, 4.0, 9.0])
 def test_the_ratio_is_that_of_powers(ratio):
-    frame = waves((0.3, 0.425, 10.0), (0.3 / np.sqrt(ratio), 0.425, 80.0), dose=100.0)
+    frame = lattice((0.4, 0.425, 10.0), (0.4 / np.sqrt(ratio), 0.425, 80.0), dose=100.0)
     found = fourier_map(frame, disc(), **SETTINGS)
     assert found["ratio"][0] == pytest.approx(ratio, rel=0.15)
     assert found["interpretable"][0] == (ratio <= 2)
@@ -63,6 +70,21 @@ def test_without_a_second_pair_there_is_no_ratio():
     assert np.isnan(found["spacings"][0, 1])
 
 
+def test_equal_pairs_that_span_no_lattice_have_no_ratio():
+    """Two waves alone: a crystal on zone sends their sum or their difference too."""
+    found = fourier_map(waves((0.3, 0.425, 10.0), (0.3, 0.425, 80.0)), disc(), **SETTINGS)
+    assert np.isnan(found["ratio"][0])
+    assert found["peaks"][0] == 2
+
+
+def test_half_the_sum_spans_a_lattice_too():
+    """220, 2-20 and, between them, 200."""
+    frame = waves((0.3, 0.69, 10.0), (0.3, 0.69, 100.0), (0.15, 0.69 / 2**0.5, 55.0))
+    found = fourier_map(frame, disc(), **SETTINGS)
+    assert found["zone"][0] == "100"
+    assert found["ratio"][0] == pytest.approx(1.0, abs=0.2)
+
+
 def test_pairs_in_nearly_one_direction_are_no_lattice():
     found = fourier_map(waves((0.3, 0.425, 10.0), (0.3, 0.6, 25.0)), disc(), **SETTINGS)
     assert np.isnan(found["ratio"][0])
@@ -70,7 +92,7 @@ def test_pairs_in_nearly_one_direction_are_no_lattice():
 
 def test_particles_in_the_order_of_their_labels_and_a_label_that_is_absent():
     inside = disc(20, 20, 9, 3) + disc(20, 38, 7, 1)
-    frame = np.where(inside == 3, waves((0.3, 0.49, 0.0), (0.3, 0.49, 90.0)), waves())
+    frame = np.where(inside == 3, lattice((0.3, 0.49, 0.0), (0.3, 0.49, 90.0)), waves())
     found = fourier_map(frame, inside, **SETTINGS)
     assert found["zone"].tolist() == ["", "", "100"]
     assert found["interpretable"].tolist() == [False, False, True]
@@ -85,7 +107,7 @@ def test_no_particles_give_no_rows():
 
 
 def test_a_whole_frame():
-    found = frame_ratio(waves((0.1, 0.47, 5.0), (0.1, 0.47, 65.0)), **SETTINGS)
+    found = frame_ratio(lattice((0.11, 0.47, 5.0), (0.11, 0.47, 65.0)), **SETTINGS)
     assert found["interpretable"]
     assert found["zone"] == "111"
     assert found["ratio"] == pytest.approx(1.0, abs=0.2)
@@ -111,7 +133,7 @@ def test_a_bright_background_is_no_peak():
 @settings(max_examples=15, deadline=None)
 @given(degrees=st.floats(0, 180), quarter=st.integers(0, 3))
 def test_turning_the_frame_changes_nothing_but_rounding(degrees, quarter):
-    frame, labels = waves((0.3, 0.425, degrees), (0.2, 0.425, degrees + 70.53)), disc(18, 22, 10)
+    frame, labels = lattice((0.3, 0.425, degrees), (0.2, 0.425, degrees + 70.53)), disc(18, 22, 10)
     one = fourier_map(frame, labels, **SETTINGS)
     other = fourier_map(np.rot90(frame, quarter), np.rot90(labels, quarter), **SETTINGS)
     assert other["ratio"][0] == pytest.approx(one["ratio"][0], rel=1e-3)
