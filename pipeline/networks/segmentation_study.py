@@ -6,7 +6,7 @@ simulated particles: every network sees the same specimens, for the same number 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -156,15 +156,15 @@ def boundary_error(found: np.ndarray, wanted: np.ndarray) -> float:
 
 def study(
     chosen: Sequence[Trial], examples: Sequence[Example], tests: Sequence[Example], base: ParticleSpec, report: Report
-) -> list[Row]:
-    """Train and judge; one row for each trial, dose and kind of frame."""
-    rows = []
+) -> Iterator[list[Row]]:
+    """Train and judge; for each trial in turn one row for each dose and kind of frame."""
     for number, trial in enumerate(chosen, 1):
         report(f"training {number} of {len(chosen)}: {trial.name}")
         network = trained(trial, examples, base, report)
-        for (dose, kind), frames in frames_to_judge(trial, tests, base).items():
-            rows.append(Row(trial, dose, kind, **judged(network, frames, sampling=trial.sampling)))
-    return rows
+        frames = frames_to_judge(trial, tests, base).items()
+        yield [
+            Row(trial, dose, kind, **judged(network, some, sampling=trial.sampling)) for (dose, kind), some in frames
+        ]
 
 
 def cost(name: str) -> tuple[int, float]:
