@@ -38,13 +38,13 @@ def binned(points: np.ndarray, weights: np.ndarray, gpts: int, extent: float) ->
     place = points * (gpts / extent)
     low = np.floor(place).astype(np.int64)
     rest = place - low
-    out = np.zeros(gpts * gpts)
+    out = np.zeros(gpts * gpts, np.float32)
     for dy in (0, 1):
         for dx in (0, 1):
             share = np.abs(1 - dy - rest[:, 0]) * np.abs(1 - dx - rest[:, 1]) * weights
             index = ((low[:, 0] + dy) % gpts) * gpts + (low[:, 1] + dx) % gpts
-            out += np.bincount(index, share, minlength=gpts * gpts)
-    return out.reshape(gpts, gpts).astype(np.float32)
+            np.add.at(out, index, share.astype(np.float32))
+    return out.reshape(gpts, gpts)
 
 
 def cut(spectrum: np.ndarray, gpts: int) -> np.ndarray:
