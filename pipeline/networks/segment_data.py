@@ -41,10 +41,10 @@ def _filtered(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A noisy image behind a Wiener filter of its own spectrum, mixed with the same smoothed.
 
     That is how denoisers fitted to a movie fail: what noise they leave has the periods of the crystal, on the film too.
-    3 to 400 electrons per pixel: some seven frames of 20 to 1000 e⁻/Å².
+    8 to 400 electrons per pixel of 0.2 Å: seven frames of 30 to 1400 e⁻/Å².
     """
     mean = float(image.mean())
-    electrons = 10 ** rng.uniform(0.5, 2.6) / mean
+    electrons = 10 ** rng.uniform(0.9, 2.6) / mean
     noisy = rng.poisson(image * electrons) / electrons - mean
     spectrum = rfft2(noisy)
     noise = image.size * mean / electrons

@@ -14,11 +14,11 @@ from pipeline.simulate.scene import Scene, build_scene, columns_of
 LABEL_WIDTH = 0.35  # Å, standard deviation of the Gaussian that marks a column
 CRYSTAL_REACH = 1.6  # Å around columns within which the sign of the contrast is to be told
 DOUBT = 0.8  # Å around columns that are too thin or blurred to be demanded
-OFF_ZONE = 5.0  # degrees from which on a particle shows fringes rather than columns
+LOST = 2.0  # Å that a tilted column's atoms are spread over; from there on it shows fringes rather than a spot
 DEFOCI = np.arange(-140.0, 141.0, 20.0)  # Å
 VIEWS = 3  # images of one specimen at different defoci
 SHAPES = ("faceted", "sphere", "truncated octahedron", "cuboctahedron")
-FAMILIES = {"particle": 0.43, "sheet": 0.26, "film": 0.17, "vacuum": 0.04, "singles": 0.10}
+FAMILIES = {"particle": 0.50, "sheet": 0.26, "film": 0.12, "vacuum": 0.04, "singles": 0.08}
 
 
 Found = list[tuple[float, int, np.ndarray]]  # merit, sign of the contrast, image
@@ -94,7 +94,7 @@ def _sheet(rng: np.random.Generator, common: dict[str, Any]) -> MovieSpec:
 
 
 def _particles(rng: np.random.Generator, common: dict[str, Any]) -> MovieSpec:
-    particles = int(rng.choice([1, 2, 3], p=[0.6, 0.25, 0.15]))
+    particles = int(rng.choice([1, 2, 3], p=[0.7, 0.15, 0.15]))
     near = rng.uniform(0, 0.9, particles)
     far = rng.uniform(4, 22, particles)
     tilts = np.where((np.arange(particles) > 0) & (rng.random(particles) < 0.7), far, near)
@@ -111,7 +111,7 @@ def _particles(rng: np.random.Generator, common: dict[str, Any]) -> MovieSpec:
         adatoms=int(rng.choice([0, 3])),
         thickness=float(rng.uniform(8, 28)),
         particles=particles,
-        radius=float(rng.uniform(7, 18) if particles == 1 else rng.uniform(4.5, 8)),
+        radius=float(rng.uniform(8, 18) if particles == 1 else rng.uniform(4.5, 8)),
     )
 
 
@@ -155,9 +155,8 @@ def _chosen(
 
 
 def _tilted(scene: Scene, truth: np.ndarray) -> np.ndarray:
-    """Which columns (column,) belong to particles that are so far off their zone that nothing is to be found there."""
-    off = np.append(scene.crystal.particles["tilt"] >= OFF_ZONE, False)
-    return np.asarray(off[truth["particle"]])
+    """Which columns (column,) are tilted so far that nothing is to be found there."""
+    return np.asarray(scene.smear[truth["column"]] > LOST)
 
 
 def _plainness(clean: np.ndarray, truth: np.ndarray, spec: MovieSpec, sign: int) -> tuple[float, float]:
@@ -174,8 +173,8 @@ def labelled(
 ) -> Example:
     """An image with its target.
 
-    Columns too thin, too blurred or of the wrong sign are marked unknown rather than absent; those of particles far
-    off their zone (`tilted`, (column,)) are absent.
+    Columns too thin, somewhat blurred or of the wrong sign are marked unknown rather than absent; those tilted far off
+    the beam (`tilted`, (column,)) are absent.
     """
     sure = truth["visible"] & ~tilted
     if polarity and len(truth):

@@ -58,12 +58,12 @@ class ColumnTraining:
     """
 
     seed: int = 31
-    scenes: int = 640
-    check_scenes: int = 48
-    steps: int = 2200
+    scenes: int = 560
+    check_scenes: int = 32
+    steps: int = 1700
     batch: int = 8
     rate: float = 4e-3
-    check_every: int = 200
+    check_every: int = 340
     edge: int = 224
     crop: int = 144
     sampling: float = 0.2
