@@ -167,7 +167,9 @@ def solve_drift(task: Task) -> Mapping[str, Any]:
     arrays = {"drift": path, "error": error, "good": good}
     if "offsets" in parts[0]:
         with clock("focus"):
-            arrays["offsets"] = focus.solve_offsets(np.concatenate([part["offsets"] for part in parts]))
+            arrays["offsets"] = focus.solve_offsets(
+                np.concatenate([part["offsets"] for part in parts]), scale=settings.drift.defocus_shift
+            )
     write_part(task.part("drift"), arrays, meta)
     return record(clock, good=int(good.sum()))
 

@@ -16,6 +16,7 @@ from schemas.conventions import STATUS
 
 Rows = dict[str, np.ndarray]
 SPECTRUM_EDGE = 1024  # px of the middle of a frame without particles whose spectrum is read
+BAND_SEEN = 1.5  # times the lowest frequency of lattice peaks must be resolved
 SPECIES_BATCH = 1  # windows at a time: fixed, since another batch may change the last bits
 _MEASURES = (
     "area", "equivalent_diameter", "perimeter", "orientation", "major_axis", "minor_axis", "contact", "probability",
@@ -158,7 +159,8 @@ def _lattice(movie: Movie, electrons: np.ndarray, labels: np.ndarray | None) -> 
         "sampling": movie.stack.sampling, "band": options.band, "significance": options.significance,
         "threshold": options.threshold,
     }  # fmt: skip
-    if not np.isfinite(electrons).all() or 2 * options.band[0] * movie.stack.sampling >= 1:
+    # Where hardly any of the band lies below the highest frequency of the frame, no lattice is resolved.
+    if not np.isfinite(electrons).all() or 2 * movie.stack.sampling * BAND_SEEN * options.band[0] >= 1:
         return {"frame": np.nan} if labels is None else {"frame": np.nan, **_no_lattice(int(labels.max()))}
     if labels is not None and labels.any():
         return dict(fourier.fourier_map(electrons, labels, **facts))

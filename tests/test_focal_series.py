@@ -100,7 +100,7 @@ def test_species_come_from_all_planes(series, reference):
 
 def test_without_alignment_it_would_fail(series, reference, model, tmp_path, monkeypatch):
     """The toy model does need the planes on top of each other, so the test above tests that they are."""
-    monkeypatch.setattr("pipeline.steps.focus.solve_offsets", lambda found: np.zeros((*found.shape[:2], 2)))
+    monkeypatch.setattr("pipeline.steps.focus.solve_offsets", lambda found, scale: np.zeros((*found.shape[:2], 2)))
     (outcome,) = tools.run_job(series[0], tmp_path, **{**FINDS, "species.model": model, "denoise.network": "none"})
     askew = tools.tables(outcome.path)["columns"]
     truth = np.where(series[2][_nearest(askew, series[1])] == 1, "Mo", "Se")

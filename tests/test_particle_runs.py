@@ -129,7 +129,7 @@ def test_queries_answer_about_particles(reference):
 
 
 def test_a_movie_without_a_model_has_an_empty_table(movie, tmp_path):
-    (outcome,) = tools.run_job(movie[0], tmp_path, **{**FINDS, "denoise.network": "none"})
+    (outcome,) = tools.run_job(movie[0], tmp_path, **{**FINDS, "denoise.network": "none", "particles.model": None})
     found = tools.tables(outcome.path)
     variables.check(found["particles"], PARTICLES)
     assert found["particles"].sizes["particle"] == 0

@@ -31,7 +31,9 @@ def example_figure(example: Example, *, magnified: bool) -> Markup:
     detail = detail_window(example) if magnified else None
     rows = [_row(example, whole, detail)] + ([_row(example, detail, None)] if detail else [])
     facts = [f"Frame {example.frame}, {number_text(example.time)} s: {len(example.points):,} columns in view"]
-    facts += [f"{len(example.ratios):,} particles"] if example.labels.any() else []
+    facts += (
+        [f"{len(example.ratios):,} particle{'' if len(example.ratios) == 1 else 's'}"] if example.labels.any() else []
+    )
     facts += [f"signal-to-noise ratio {number_text(example.snr)}"] if math.isfinite(example.snr) else []
     facts += [f"{number_text(example.dose)} e⁻/Å²"] if math.isfinite(example.dose) else []
     return element("figure", *rows, element("figcaption", "; ".join(facts) + "."), class_="example")

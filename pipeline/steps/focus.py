@@ -21,9 +21,8 @@ CANDIDATES = 12  # maxima per plane that are judged and kept
 BINS = 24  # of each axis of the joint histogram
 BLUR = 1.0  # px, standard deviation of the Gaussian that calms noise before mutual information is taken
 EDGE = 256  # px of the middle of the view in which it is taken, at most
-NEAR = 3.0  # px by which offsets of one plane differ over a movie, as a scale: a frame's own evidence may outweigh it
 GRID = 0.5  # px of the map in which the frames vote
-REACH = 2.0  # how far offsets are looked for, in units of their scale
+REACH = 3.0  # how far offsets are looked for, in units of their scale
 
 
 def plane_offsets(
@@ -54,11 +53,12 @@ def plane_offsets(
     return out
 
 
-def solve_offsets(candidates: Floats) -> Floats:
+def solve_offsets(candidates: Floats, *, scale: float) -> Floats:
     """Offsets (time, plane, 2) [px] of all frames from the candidates (time, plane, candidate, 3) of each.
 
-    The frames vote on the offset of a plane; then each takes the candidate that is best near it. A frame without a
-    candidate, and one whose own are all far away, gets the common offset.
+    The frames vote on the offset of a plane; then each takes the candidate that is best near it, where `scale` [px] is
+    the standard deviation of plausible differences: a frame's own evidence may outweigh that of the others. A frame
+    without a candidate, and one whose own are all far away, gets the common offset.
     """
     frames, planes = candidates.shape[:2]
     out = np.zeros((frames, planes, 2))
@@ -66,10 +66,10 @@ def solve_offsets(candidates: Floats) -> Floats:
         mine = candidates[:, plane]
         common = _vote(mine[..., :2].reshape(-1, 2), mine[..., 2].ravel())
         away = np.hypot(*np.moveaxis(mine[..., :2] - common, -1, 0))
-        value = np.where(np.isfinite(away), mine[..., 2] * np.exp(-0.5 * (away / NEAR) ** 2), -1.0)
+        value = np.where(np.isfinite(away), mine[..., 2] * np.exp(-0.5 * (away / scale) ** 2), -1.0)
         best = value.argmax(1)
         rows = np.arange(frames)
-        near = (value[rows, best] > 0) & (np.nan_to_num(away[rows, best], nan=np.inf) <= 3 * NEAR)
+        near = (value[rows, best] > 0) & (np.nan_to_num(away[rows, best], nan=np.inf) <= 3 * scale)
         out[:, plane] = np.where(near[:, None], mine[rows, best, :2], common)
     return out
 

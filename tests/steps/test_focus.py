@@ -99,16 +99,18 @@ def test_frames_agree_on_the_lattice_vector() -> None:
     good, off = (2.0, -1.0), (16.0, -1.0)
     rows = [[(good[0] + 0.2 * t, good[1], 1.0), (off[0] + 0.2 * t, off[1], 0.9)] for t in range(5)]
     rows.append([(*off, 1.0), (2.6, -1.4, 0.9)])
-    solved = focus.solve_offsets(candidates(*rows))[:, 0]
+    solved = focus.solve_offsets(candidates(*rows), scale=6.0)[:, 0]
     assert np.allclose(solved[:5, 0], 2.0 + 0.2 * np.arange(5))
     assert solved[5] == pytest.approx((2.6, -1.4))
 
 
 def test_a_frame_without_candidates_gets_the_common_offset() -> None:
-    solved = focus.solve_offsets(candidates([(2.0, 3.0, 1.0)], [(2.2, 3.0, 1.0)], [], [(20.0, 20.0, 1.0)]))[:, 0]
+    solved = focus.solve_offsets(candidates([(2.0, 3.0, 1.0)], [(2.2, 3.0, 1.0)], [], [(20.0, 20.0, 1.0)]), scale=3.0)[
+        :, 0
+    ]
     assert solved[2] == pytest.approx((2.1, 3.0))
     assert solved[3] == pytest.approx((2.1, 3.0))
-    assert not focus.solve_offsets(candidates([], []))[:, 0].any()
+    assert not focus.solve_offsets(candidates([], []), scale=3.0)[:, 0].any()
 
 
 @settings(max_examples=20, deadline=None)
@@ -118,4 +120,4 @@ def test_the_order_of_frames_does_not_matter(seed: int) -> None:
     found = rng.uniform(-10, 10, (6, 2, focus.CANDIDATES, 3))
     found[..., 2] = rng.random(found.shape[:-1])
     order = rng.permutation(6)
-    assert np.allclose(focus.solve_offsets(found)[order], focus.solve_offsets(found[order]))
+    assert np.allclose(focus.solve_offsets(found, scale=3.0)[order], focus.solve_offsets(found[order], scale=3.0))
