@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+from typer.testing import CliRunner
 
 from cluster import connect
 from pipeline import simulation, store
+from pipeline.cli import app
 from pipeline.graph import Stopped
+from pipeline.ingest.sources import discover
 from pipeline.results.truth import load_truth, truth_of
 from pipeline.simulate.movie import MovieSpec, simulate_movie
 from pipeline.simulation import layout_of, simulate_stack
@@ -170,3 +174,16 @@ def test_a_task_holds_a_bounded_share_of_a_long_movie() -> None:
         held = layout.shard_frames * shape[0] * shape[1] * 8
         assert held <= max(simulation.BLOCK_BYTES, shape[0] * shape[1] * 8) and layout.shard_frames <= 32
     assert layout_of(MovieSpec(kind="vacuum", frames=5), 3).shard_frames == 3
+
+
+def test_the_verb_writes_a_stack_and_says_how_fast(tmp_path: Path) -> None:
+    (tmp_path / "movie.yaml").write_text("kind: graphene\nmode: haadf\nshape: [48, 48]\nframes: 3\n")
+    words = ["simulate", str(tmp_path / "movie.yaml"), str(tmp_path / "movie.zarr"), "--seed", "5"]
+    first, again = (CliRunner().invoke(app, words) for _ in range(2))
+    assert first.exit_code == again.exit_code == 0
+    assert "3 frames" in first.output and re.search(r"3 images in [\d.]+ s: [\d.]+ images/s", first.output)
+    assert "0 images in" in again.output
+    expected = simulate_movie(MovieSpec(kind="graphene", mode="haadf", shape=(48, 48), frames=3), 5)
+    assert np.array_equal(contents(tmp_path / "movie.zarr")["counts"], expected.counts)
+    (files,) = discover([tmp_path / "movie.zarr"]).movies
+    assert files.reader == "stack"

@@ -9,6 +9,10 @@ from pipeline.simulate.structures.sheet import SHEETS
 from schemas.errors import SettingsError
 
 KINDS = ("nanoparticle", "field", *SHEETS, "carbon", "vacuum")
+SHARES = (
+    *("vacancies", "double_vacancies", "substitutions", "metal_substitutions", "dopants", "particle_vacancies"),
+    "hot_pixels",
+)
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,12 @@ class MovieSpec:
         ):
             if value not in allowed:
                 raise SettingsError(f"MovieSpec.{name} is {value!r}; expected one of {', '.join(allowed)}")
-        for name in ("sampling", "energy", "dose", "frames", "frame_interval", "particles"):
+        for name in ("sampling", "energy", "dose", "frames", "frame_interval", "particles", "counts_per_electron"):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"MovieSpec.{name} is {getattr(self, name)!r}; expected a positive number")
+        for name in SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingsError(f"MovieSpec.{name} is {getattr(self, name)!r}; expected a share from 0 to 1")
         if self.tilts is not None and len(self.tilts) != self.particles:
             raise SettingsError(
                 f"MovieSpec.tilts is {self.tilts!r}; expected one tilt for each of the {self.particles} particle(s)"
