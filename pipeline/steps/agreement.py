@@ -139,8 +139,8 @@ def missing_atoms(species: Sequence[str]) -> int:
 class Roc(NamedTuple):
     """How well a number that is small for wanted cases tells them from others: rates (threshold,) at which others and
     wanted are called wanted if they are at most the threshold (threshold,), rising; area under that curve and its
-    standard error (Hanley and McNeil, Radiology 143 (1982) 29); best: the largest threshold at which the rates
-    differ as much as anywhere, but for one case."""
+    standard error (Hanley and McNeil, Radiology 143 (1982) 29); best: threshold at which the rates differ
+    most, between two numbers that occur."""
 
     false: Floats
     true: Floats
@@ -161,14 +161,13 @@ def roc(wanted: NDArray[np.floating], others: NDArray[np.floating]) -> Roc:
     first, second = area / (2 - area), 2 * area**2 / (1 + area)
     variance = area * (1 - area) + (len(one) - 1) * (first - area**2) + (len(other) - 1) * (second - area**2)
     error = float(np.sqrt(max(variance, 0) / max(len(one) * len(other), 1)))
-    one_case = 1 / max(min(len(one), len(other)), 1)
-    return Roc(false, true, threshold, area, error, _largest(threshold, true - false, one_case))
+    return Roc(false, true, threshold, area, error, _parting(threshold, true - false))
 
 
-def _largest(threshold: Floats, gain: Floats, one: float) -> float:
-    """The largest finite threshold at which at most one case more is taken wrongly than at the best.
-
-    Among few cases the best itself lies at the value of one of them by chance, and wanted cases vary more elsewhere.
-    """
-    good = threshold[(gain >= gain.max(initial=0) - one - 1e-12) & np.isfinite(threshold)]
-    return float(good[-1]) if len(good) else float("nan")
+def _parting(threshold: Floats, gain: Floats) -> float:
+    """Geometric middle between the last threshold of the greatest gain and the next number, where there is one."""
+    if not len(threshold) or not np.isfinite(threshold[0]):
+        return float("nan")
+    last = int(np.flatnonzero((gain >= gain.max() - 1e-12) & np.isfinite(threshold))[-1])
+    after = threshold[min(last + 1, len(threshold) - 1)]
+    return float(np.sqrt(threshold[last] * after)) if np.isfinite(after) else float(threshold[last])
