@@ -196,7 +196,7 @@ class Fourier(Section):
     )
     significance: Positive = Field(12.0, description="least power of a peak over the background at its frequency")
     threshold: Positive = Field(
-        2.0, description="brightest-to-dimmest ratio of symmetric peaks up to which a lattice can be interpreted"
+        1.5, description="brightest-to-dimmest ratio of symmetric peaks up to which a lattice can be interpreted"
     )
 
 
