@@ -25,7 +25,7 @@ from pipeline.results.scores import (
     score_species,
 )
 from pipeline.results.truth import Truth, load_truth, truth_of
-from pipeline.steps.agreement import Calibration
+from pipeline.steps.agreement import SPURIOUS, Calibration
 from pipeline.steps.columns import inside
 from pipeline.steps.score import Tally, merge, score
 from schemas.conventions import STATUS
@@ -176,7 +176,8 @@ def _more(found: Evaluation) -> list[tuple[str, str, str]]:
     if found.calibration is not None:
         rows.append(("calibration", f"{found.calibration.error:.3f}", "expected error of columns' probabilities"))
     if found.species is not None:
-        sites = int(found.species.confusion.counts.sum())
+        table = found.species.confusion
+        sites = sum(int(row.sum()) for name, row in zip(table.true, table.counts, strict=True) if name != SPURIOUS)
         rows.append(("species", f"{found.species.accuracy:.4f}", f"called right, of {sites:,} places"))
         if found.species.vacancy_bias is not None:
             meaning = f"missing atoms per frame; RMS {found.species.vacancy_rms:.2f}"
