@@ -70,7 +70,7 @@ def measure_frame(movie: Movie, images: inference.Images, row: int, clock: Clock
 
 def _columns(movie: Movie, images: inference.Images, row: int, clock: Clock) -> Rows:
     """Columns in pixels of their own frame: down the frame, then across, an order that no cut and no device changes."""
-    options, sampling = movie.settings.columns, movie.stack.sampling
+    options, sampling, phase = movie.settings.columns, movie.stack.sampling, movie.settings.source.mode == "hrtem"
     if images.probability is None or movie.model is None:
         return {}
     with clock("columns"):
@@ -84,7 +84,8 @@ def _columns(movie: Movie, images: inference.Images, row: int, clock: Clock) -> 
         )  # fmt: skip
         keep = columns.reported(
             found, shape=images.electrons.shape[1:], margin=options.margin / sampling,
-            min_significance=options.min_significance, min_distance=options.min_distance / sampling,
+            min_significance=options.min_significance, min_relative=options.min_relative if phase else 0.0,
+            min_distance=options.min_distance / sampling,
         )  # fmt: skip
         kept = {**{k: np.asarray(v)[keep] for k, v in found.items()}, "probability": peaks.probability[keep]}
     order = np.lexsort((kept["x"], kept["y"]))

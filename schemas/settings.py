@@ -160,6 +160,9 @@ class Columns(Section):
     threshold: Probability = Field(0.4, description="least probability of a column")
     min_distance: Positive = Field(1.0, description="least distance of two columns in Å")
     min_significance: float = Field(1.0, description="least signal of a column in the counts of one frame, in sigma")
+    min_relative: Probability = Field(
+        0.25, description="hrtem: least signal of a column as a part of that of the frame's strong columns"
+    )
     width: Positive = Field(0.5, description="standard deviation of a column's image in Å; a start if it is fitted")
     fit_width: bool = Field(True, description="fit one width per frame")
     margin: Annotated[float, Field(ge=0)] = Field(

@@ -15,7 +15,7 @@ from pipeline.ledger import Ledger, read_records
 from schemas.conventions import STATUS
 from schemas.jobfile import parse_overrides, validate
 
-FINDS = ["columns.threshold=0.05", "columns.min_significance=-100", "blocks.frames=3"]
+FINDS = ["columns.threshold=0.05", "columns.min_significance=-100", "columns.min_relative=0", "blocks.frames=3"]
 
 
 class Runs:

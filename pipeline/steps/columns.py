@@ -20,6 +20,8 @@ from pipeline.steps.column_fit import refine
 
 __all__ = ["Peaks", "find_columns", "inside", "refine", "reported"]
 
+STRONG = 0.9  # speckle may outnumber the columns of a small crystal several times over
+
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Indices = NDArray[np.intp]
@@ -139,16 +141,22 @@ def reported(
     shape: tuple[int, int],
     margin: float,
     min_significance: float,
+    min_relative: float,
     min_distance: float,
 ) -> Bools:
     """Which refined columns are reported: (column) bool.
 
     columns: the result of `refine`. A column is reported if it lies at least margin [px] inside the field of view, its
-    significance [1] reaches min_significance, and no more significant column that passes both ended up within half of
+    significance [1] reaches min_significance and the part min_relative [1] of what STRONG of these columns stay below
+    (speckle of a support is weaker), and no more significant column that passes all that ended up within half of
     min_distance [px] of it (two starts that ran to one peak).
     """
     y, x, significance = columns["y"], columns["x"], columns["significance"]
     chosen = np.flatnonzero(inside(y, x, shape=shape, margin=margin) & (significance >= min_significance))
+    if len(chosen):
+        strong = float(np.quantile(significance[chosen], STRONG))
+        if strong > 0 and min_relative > 0:
+            chosen = chosen[significance[chosen] >= min_relative * strong]
     survivors = _survivors(y[chosen], x[chosen], significance[chosen], min_distance / 2)
     passes = np.zeros(len(y), bool)
     passes[chosen[survivors]] = True

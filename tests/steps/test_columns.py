@@ -317,8 +317,31 @@ def test_weak_and_doubled_columns_are_not_reported():
         "x": np.array([10.0, 20.0, 20.0, 20.0]),
         "significance": np.array([0.9, 3.0, 4.0, 1.1]),
     }
-    keep = columns.reported(table, shape=(40, 40), margin=5.0, min_significance=1.0, min_distance=6.0)
+    options = {"shape": (40, 40), "margin": 5.0, "min_significance": 1.0, "min_distance": 6.0}
+    keep = columns.reported(table, min_relative=0.0, **options)
     assert keep.tolist() == [False, False, True, True]
+    assert columns.reported(table, min_relative=0.25, **options).tolist() == keep.tolist()
+    assert columns.reported(table, min_relative=0.35, **options).tolist() == [False, False, True, False]
+
+
+def test_speckle_goes_where_columns_are_strong_though_it_outnumbers_them():
+    rng = np.random.default_rng(0)
+    place = np.stack(np.mgrid[10:190:10, 10:190:10], -1).reshape(-1, 2).astype(float)
+    significance = np.where(np.arange(len(place)) < 45, rng.uniform(6, 9, len(place)), rng.uniform(1, 1.7, len(place)))
+    table = {"y": place[:, 0], "x": place[:, 1], "significance": significance}
+    options = {"shape": (200, 200), "margin": 5.0, "min_significance": 0.9, "min_distance": 6.0}
+    keep = columns.reported(table, min_relative=0.25, **options)
+    assert np.flatnonzero(keep).tolist() == list(range(45))
+    weak = {**table, "significance": significance / 5}
+    assert columns.reported(weak, min_relative=0.25, **options | {"min_significance": -1.0}).tolist() == keep.tolist()
+
+
+def test_where_nothing_is_strong_something_is_left():
+    table = {name: np.array(values) for name, values in (("y", [10.0, 30.0]), ("x", [10.0, 30.0]))}
+    table["significance"] = np.array([-0.5, -3.0])
+    options = {"shape": (40, 40), "margin": 5.0, "min_distance": 6.0, "min_significance": -100.0}
+    for relative in (0.0, 0.25, 1.0):
+        assert columns.reported(table, min_relative=relative, **options).tolist() == [True, True]
 
 
 # --- species --------------------------------------------------------------------------------------------------------
