@@ -19,6 +19,7 @@ import numpy as np
 from schemas.errors import SchemaError
 
 _META = "__meta__"
+_NAMES = "__arrays__"  # the archive's own directory carries no checksum: a flipped bit there may hide an array
 _ORPHAN = re.compile(r"\.[0-9a-f]{32}\.partial$")  # ours and Zarr's temporary names
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
@@ -48,7 +49,7 @@ def write_part(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, 
     import io
 
     buffer = io.BytesIO()
-    text = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
+    text = np.frombuffer(json.dumps({**meta, _NAMES: sorted(arrays)}).encode(), dtype=np.uint8)
     np.savez(buffer, allow_pickle=False, **{_META: text}, **arrays)
     replace_atomically(path, buffer.getvalue())
 
@@ -59,6 +60,8 @@ def read_part(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name != _META}
             meta: dict[str, Any] = json.loads(bytes(file[_META]))
+        if sorted(arrays) != meta.pop(_NAMES, sorted(arrays)):
+            raise ValueError(f"it holds {', '.join(sorted(arrays)) or 'no array'}, which is not what was written")
     except FileNotFoundError:
         raise
     except _DAMAGE as error:
@@ -73,6 +76,7 @@ def read_meta(path: Path) -> dict[str, Any] | None:
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             meta: dict[str, Any] = json.loads(bytes(file[_META]))
+            meta.pop(_NAMES, None)
             return meta
     except _DAMAGE:
         return None

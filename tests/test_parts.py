@@ -57,15 +57,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_a_flipped_bit_is_an_error_or_changes_nothing(
-    data: st.DataObject, whole: bytes, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    place = data.draw(st.integers(0, len(whole) * 8 - 1))
+def check_flipped(whole: bytes, place: int, path: Path) -> None:
+    """A part with one bit flipped must be an error, or read as if nothing had happened."""
     broken = bytearray(whole)
     broken[place // 8] ^= 1 << (place % 8)
-    path = tmp_path_factory.getbasetemp() / "flipped.npz"
     path.write_bytes(broken)
     try:
         arrays, meta = read_part(path)
@@ -74,6 +69,20 @@ def test_a_flipped_bit_is_an_error_or_changes_nothing(
         return
     assert meta == META
     assert {name: values.tolist() for name, values in arrays.items()} == {k: v.tolist() for k, v in ARRAYS.items()}
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_flipped_bit_is_an_error_or_changes_nothing(
+    data: st.DataObject, whole: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    place = data.draw(st.integers(0, len(whole) * 8 - 1))
+    check_flipped(whole, place, tmp_path_factory.getbasetemp() / "flipped.npz")
+
+
+def test_no_flipped_bit_of_the_directory_hides_an_array(whole: bytes, tmp_path: Path) -> None:
+    for place in range(len(whole) * 8 - 22 * 8, len(whole) * 8):
+        check_flipped(whole, place, tmp_path / "flipped.npz")
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, -1])
