@@ -21,7 +21,7 @@ from schemas.errors import SchemaError
 _META = "__meta__"
 _NAMES = "__arrays__"  # the archive's own directory carries no checksum: a flipped bit there may hide an array
 _ORPHAN = re.compile(r"\.[0-9a-f]{32}\.partial$")  # ours and Zarr's temporary names
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError)
 
 
 def part_path(folder: Path, step: str, start: int, stop: int, fingerprint: str) -> Path:
