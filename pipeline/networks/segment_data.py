@@ -17,16 +17,16 @@ SPECTRUM_SMOOTHING = 1.25  # frequency steps of the frame over which a Wiener fi
 def degrade(image: np.ndarray, rng: np.random.Generator, *, mode: str) -> np.ndarray:
     """What a denoiser may make of a clean image (y, x): blurred, with residual noise, uneven illumination.
 
-    Half of them carry what filters fitted to the frame leave of counted electrons (`_filtered`), the others blotches of
-    all sizes (`_blotched`) or, in HAADF, the noise of a single scan.
+    Two in five carry what filters fitted to the frame leave of counted electrons (`_filtered`), the others blotches of
+    all sizes (`_blotched`) or, one in four in HAADF, the noise of a single scan.
     """
     image = np.maximum(image, 0.0) ** rng.uniform(0.8, 1.25)
     if mode == "haadf" and rng.random() < 0.4:
         image = _scanned(image, rng)
     choice = rng.random()
-    if mode == "haadf" and choice < 0.3:
+    if mode == "haadf" and choice > 0.75:
         image = _single(image, rng)
-    elif choice < 0.6:
+    elif choice < 0.4:
         image = _filtered(image, rng)
     else:
         image = _blotched(image, rng)
