@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -199,13 +200,10 @@ def process(task: Task) -> Mapping[str, Any]:
     Memory that runs out, on host or device, costs smaller tiles and windows, and ``/frames/device`` says so.
     """
     clock = Clock()
-    for attempt in range(SMALLER_TILES + 1):
-        try:
+    for attempt in range(SMALLER_TILES):
+        with suppress(MemoryError, torch.OutOfMemoryError):
             return _process(_with_tiles(task, attempt), clock)
-        except (MemoryError, torch.OutOfMemoryError):
-            if attempt == SMALLER_TILES:
-                raise
-    raise AssertionError
+    return _process(_with_tiles(task, SMALLER_TILES), clock)
 
 
 def _with_tiles(task: Task, halvings: int) -> Task:
