@@ -20,6 +20,7 @@ from pipeline.steps.columns import find_columns, inside
 from pipeline.steps.score import match_columns
 from pipeline.steps.segment import SAMPLING_RANGE
 from schemas.errors import SettingsError
+from schemas.settings import Columns
 
 Report = Callable[[str], None]
 RARE = -3.0  # first logit of a column: few pixels belong to one
@@ -69,7 +70,7 @@ class ColumnTraining:
     sampling: float = 0.2
     width: int = 8
     dilations: tuple[int, ...] = (1, 2, 4, 8, 6, 2)
-    threshold: float = 0.4
+    threshold: float = Columns().threshold
 
     def __post_init__(self) -> None:
         for item in fields(self):
