@@ -17,6 +17,8 @@ from schemas.conventions import STATUS
 Rows = dict[str, np.ndarray]
 SPECTRUM_EDGE = 1024  # px of the middle of a frame without particles whose spectrum is read
 BAND_SEEN = 1.5  # times the lowest frequency of lattice peaks must be resolved
+ROUND_WIDTH = 0.35  # Å over which the denoised frame is smoothed to tell fringes; more fills the rings of thick columns
+BRIM = 1.5  # Å beyond a particle's outline where its fringes are still seen
 SPECIES_BATCH = 1  # windows at a time: fixed, since another batch may change the last bits
 _MEASURES = (
     "area", "equivalent_diameter", "perimeter", "orientation", "major_axis", "minor_axis", "contact", "probability",
@@ -49,7 +51,7 @@ def measure_frame(movie: Movie, images: inference.Images, row: int, clock: Clock
     index = images.first + row
     good = bool(images.good[row]) and movie.model is not None and movie.drift_px is not None
     labels, regions = particles_of(movie, images, row, clock) if good else (None, None)
-    found = _columns(movie, images, row, clock) if good else {}
+    found = _columns(movie, images, row, labels, clock) if good else {}
     y, x = found.get("y", np.zeros(0)), found.get("x", np.zeros(0))
     named = _species(movie, index, y, x, clock) if good else _unnamed(movie, 0)
     inside = np.full(len(y), -1, np.int32) if labels is None else particles.particle_of(labels, y, x)
@@ -68,7 +70,7 @@ def measure_frame(movie: Movie, images: inference.Images, row: int, clock: Clock
 # ----------------------------------------------------------------------------------------------------------- columns
 
 
-def _columns(movie: Movie, images: inference.Images, row: int, clock: Clock) -> Rows:
+def _columns(movie: Movie, images: inference.Images, row: int, labels: np.ndarray | None, clock: Clock) -> Rows:
     """Columns in pixels of their own frame: down the frame, then across, an order that no cut and no device changes."""
     options, sampling, phase = movie.settings.columns, movie.stack.sampling, movie.settings.source.mode == "hrtem"
     if images.probability is None or movie.model is None:
@@ -82,21 +84,30 @@ def _columns(movie: Movie, images: inference.Images, row: int, clock: Clock) -> 
             width=options.width / sampling, fit_width=options.fit_width,
             readout_variance=movie.model.readout_variance, share=options.share,
         )  # fmt: skip
+        table: Rows = {name: np.asarray(values) for name, values in found.items()} | {"probability": peaks.probability}
+        table["roundness"] = columns.roundness(
+            images.denoised[row], table["y"], table["x"], polarity=images.polarity, width=ROUND_WIDTH / sampling
+        )
+        table["beside"] = (
+            np.full(len(peaks.y), -1)
+            if labels is None
+            else particles.particle_of(labels, table["y"], table["x"], reach=BRIM / sampling)
+        )
         keep = columns.reported(
-            found, shape=images.electrons.shape[1:], margin=options.margin / sampling,
+            table, shape=images.electrons.shape[1:], margin=options.margin / sampling,
             min_significance=options.min_significance, min_relative=options.min_relative if phase else 0.0,
-            min_distance=options.min_distance / sampling,
+            min_roundness=options.min_roundness, min_distance=options.min_distance / sampling,
         )  # fmt: skip
-        kept = {**{k: np.asarray(v)[keep] for k, v in found.items()}, "probability": peaks.probability[keep]}
-    order = np.lexsort((kept["x"], kept["y"]))
-    return {name: values[order] for name, values in kept.items()}
+    chosen = np.flatnonzero(keep)
+    chosen = chosen[np.lexsort((table["x"][chosen], table["y"][chosen]))]
+    return {name: values[chosen] for name, values in table.items()}
 
 
 def _column_rows(movie: Movie, index: int, found: Mapping[str, np.ndarray], named: _Named, inside: np.ndarray) -> Rows:
     """Rows of ``/columns``, positions in Å in the specimen frame."""
     sampling, empty = movie.stack.sampling, np.zeros(0)
     displacement = movie.settings.columns.displacement
-    names = ("intensity", "intensity_err", "background", "significance", "probability")
+    names = ("intensity", "intensity_err", "background", "significance", "roundness", "probability")
     return {
         "frame": np.full(len(inside), index, dtype=np.int32),
         **_in_specimen(movie, index, found),

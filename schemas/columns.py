@@ -20,9 +20,13 @@ COLUMNS = Schema(
         Variable("intensity_err", _ROW, "float32", ELECTRON, "standard error of intensity"),
         Variable("background", _ROW, "float32", ELECTRON, "electrons per pixel under the peak"),
         Variable("significance", _ROW, "float32", DIMENSIONLESS, "peak against no peak in the counts, in sigma"),
+        Variable(
+            "roundness", _ROW, "float32", DIMENSIONLESS,
+            "least over greatest curvature of its image in the denoised frame: 1 round, 0 a fringe",
+        ),
         Variable("probability", _ROW, "float32", DIMENSIONLESS, "probability of a column given by the network"),
         Variable("species", _ROW, "string", "", "atomic species of the column; 'unknown' without a species model"),
         Variable("species_probability", _ROW, "float32", DIMENSIONLESS, "probability of that species"),
         Variable("particle", _ROW, "int32", DIMENSIONLESS, "row among the particles of its frame; -1: in none"),
     ),
-)
+)  # fmt: skip

@@ -18,9 +18,10 @@ from scipy.spatial import cKDTree
 
 from pipeline.steps.column_fit import refine
 
-__all__ = ["Peaks", "find_columns", "inside", "refine", "reported"]
+__all__ = ["Peaks", "find_columns", "fringes", "inside", "refine", "reported", "roundness"]
 
 STRONG = 0.9  # speckle may outnumber the columns of a small crystal several times over
+AROUND = 9  # columns, itself and the nearest, whose median tells a crystal on zone from one that shows fringes
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -135,6 +136,57 @@ def inside(y: Floats, x: Floats, *, shape: tuple[int, int], margin: float) -> Bo
     return (y >= low) & (y <= bottom) & (x >= low) & (x <= right)
 
 
+def roundness(image: NDArray[np.floating], y: Floats, x: Floats, *, polarity: int, width: float) -> NDArray[np.float64]:
+    """Least over greatest curvature of an image at points: (point,), 1 on a round peak, 0 on a fringe and off any peak.
+
+    image (y, x) in any unit, smoothed here by a Gaussian of standard deviation width [px]; polarity 1 for bright peaks,
+    −1 for dark ones. Outside the frame its border is repeated. After the roundness of Stetson, PASP 99, 191 (1987),
+    but in all directions instead of along the axes.
+    """
+    radius = int(np.ceil(3.5 * width)) + 1
+    rows, cols = (np.rint(axis).astype(np.int64)[:, None] + np.arange(-radius, radius + 1) for axis in (y, x))
+    height, breadth = image.shape
+    patch = np.asarray(image, np.float64)[
+        np.clip(rows, 0, height - 1)[:, :, None], np.clip(cols, 0, breadth - 1)[:, None, :]
+    ]
+    (y0, y1, y2), (x0, x1, x2) = (_derivatives((at - axis[:, None]) / width) for at, axis in ((rows, y), (cols, x)))
+    scale = np.abs(patch).max(axis=(1, 2), initial=0.0)
+    # Sampled, the kernels of derivatives do not quite sum to nothing.
+    patch = patch - np.einsum("nij,ni,nj->n", patch, y0, x0)[:, None, None]
+    down, across, mixed = (
+        -polarity * np.einsum("nij,ni,nj->n", patch, *pair) for pair in ((y2, x0), (y0, x2), (y1, x1))
+    )
+    middle, spread = (down + across) / 2, np.hypot((down - across) / 2, mixed)
+    greatest, least = middle + spread, middle - spread
+    # Of a flat image rounding alone is left.
+    return np.asarray(np.clip(least / np.where(greatest > 1e-9 * scale, greatest, np.inf), 0.0, 1.0))
+
+
+def _derivatives(t: Floats) -> tuple[Floats, Floats, Floats]:
+    """A Gaussian of unit sum over the last axis, and its first two derivatives in t."""
+    bell = np.exp(-0.5 * t**2)
+    bell = bell / bell.sum(axis=-1, keepdims=True)
+    return bell, -t * bell, (t**2 - 1) * bell
+
+
+def fringes(y: Floats, x: Floats, roundness: Floats, particle: Indices, *, least: float) -> Bools:
+    """Which peaks (column,) are bright or dark spots on the fringes of a tilted crystal rather than columns.
+
+    particle: the particle that a peak lies in or beside, −1 for none. Those are fringes in a particle whose roundness
+    is below `least` and whose neighbourhood's is too, by the median over the AROUND nearest peaks of the particle. A
+    column on zone that an overlap or a vacancy stretches so keeps its place among round ones, and a round one survives
+    anywhere; sheets, whose atoms noise may stretch, are in no particle.
+    """
+    found = np.zeros(len(y), bool)
+    for index in np.unique(particle[particle >= 0]):
+        mine = np.flatnonzero(particle == index)
+        places = np.column_stack([y[mine], x[mine]])
+        near = cKDTree(places).query(places, k=min(AROUND, len(mine)))[1].reshape(len(mine), -1)
+        typical = np.median(roundness[mine][near], axis=1)
+        found[mine] = np.maximum(roundness[mine], typical) < least
+    return found
+
+
 def reported(
     columns: dict[str, NDArray[Any]],
     *,
@@ -142,17 +194,21 @@ def reported(
     margin: float,
     min_significance: float,
     min_relative: float,
+    min_roundness: float,
     min_distance: float,
 ) -> Bools:
     """Which refined columns are reported: (column) bool.
 
-    columns: the result of `refine`. A column is reported if it lies at least margin [px] inside the field of view, its
-    significance [1] reaches min_significance and the part min_relative [1] of what STRONG of these columns stay below
-    (speckle of a support is weaker), and no more significant column that passes all that ended up within half of
-    min_distance [px] of it (two starts that ran to one peak).
+    columns: the result of `refine`, their `roundness`, and `beside`, the particle in which they lie (see `fringes`). A
+    column is reported if it lies at least margin [px] inside the field of view, its significance [1] reaches
+    min_significance, it is no fringe of less than min_roundness [1], its significance reaches the part min_relative [1]
+    of what STRONG of the columns that are left stay below (speckle of a support is weaker), and no more significant
+    column that passes all that ended up within half of min_distance [px] of it (two starts that ran to one peak).
     """
     y, x, significance = columns["y"], columns["x"], columns["significance"]
     chosen = np.flatnonzero(inside(y, x, shape=shape, margin=margin) & (significance >= min_significance))
+    around = (columns[name][chosen] for name in ("y", "x", "roundness", "beside"))
+    chosen = chosen[~fringes(*around, least=min_roundness)]
     if len(chosen):
         strong = float(np.quantile(significance[chosen], STRONG))
         if strong > 0 and min_relative > 0:

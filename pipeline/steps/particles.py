@@ -176,11 +176,21 @@ def contact(labels: NDArray[np.int32], count: int) -> NDArray[np.int8]:
     return found
 
 
-def particle_of(labels: NDArray[np.int32], y: NDArray[np.floating], x: NDArray[np.floating]) -> NDArray[np.int32]:
-    """For points (point,) [px]: the row (from 0) of the particle that they lie in, −1 in none."""
+def particle_of(
+    labels: NDArray[np.int32], y: NDArray[np.floating], x: NDArray[np.floating], *, reach: float = 0.0
+) -> NDArray[np.int32]:
+    """For points (point,) [px]: the row (from 0) of the particle that they lie in or within reach [px] of, −1 in none.
+
+    Of several within reach it is that of the nearest pixel.
+    """
     height, width = labels.shape
-    rows, cols = (np.rint(v).astype(np.int64) for v in (y, x))
+    rows, cols = (np.rint(v).astype(np.int64)[:, None] for v in (y, x))
+    span = np.arange(-int(reach), int(reach) + 1)
+    steps = np.stack(np.meshgrid(span, span, indexing="ij"), axis=-1).reshape(-1, 2)
+    distance = np.hypot(*steps.T)
+    steps = steps[np.argsort(distance, kind="stable")][: np.count_nonzero(distance <= reach)]
+    rows, cols = rows + steps[:, 0], cols + steps[:, 1]
     inside = (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
-    found = np.full(len(rows), -1, dtype=np.int32)
-    found[inside] = labels[rows[inside], cols[inside]] - 1
-    return found
+    seen = np.where(inside, labels[np.clip(rows, 0, height - 1), np.clip(cols, 0, width - 1)], 0)
+    nearest = np.argmax(seen > 0, axis=1)
+    return np.asarray(seen[np.arange(len(seen)), nearest] - 1, dtype=np.int32)

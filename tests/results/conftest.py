@@ -64,6 +64,7 @@ def tables(counts: tuple[int, ...] = COUNTS, seed: int = 1) -> Tables:
         "intensity_err": np.full(total, 2.0, "float32"),
         "background": np.full(total, 8.0, "float32"),
         "significance": rng.uniform(3, 20, total).astype("float32"),
+        "roundness": np.full(total, 0.9, "float32"),
         "probability": np.linspace(0.5, 0.99, total).astype("float32"),
         "species": np.array(["Au"] * total, dtype=object),
         "species_probability": np.ones(total, "float32"),

@@ -302,6 +302,53 @@ def test_positions_in_a_simulated_gold_particle(dose, contrast, limit):
     assert 0.35 < np.mean(np.abs(off) < np.stack([table["y_err"], table["x_err"]])) < 0.85
 
 
+# --- fringes --------------------------------------------------------------------------------------------------------
+
+
+def _peak(long, short, angle, *, polarity=1, size=41, at=(20.3, 19.6)):
+    y, x = np.mgrid[:size, :size] - np.array(at)[:, None, None]
+    along, across = y * np.sin(angle) + x * np.cos(angle), y * np.cos(angle) - x * np.sin(angle)
+    return 7.0 + polarity * 3.0 * np.exp(-0.5 * ((along / long) ** 2 + (across / short) ** 2))
+
+
+@pytest.mark.parametrize("polarity", [1, -1])
+@pytest.mark.parametrize("angle", [0.0, 0.4, 1.1, 2.9])
+def test_roundness_is_the_ratio_of_the_curvatures_in_any_direction(polarity, angle):
+    at = tuple(np.array([value]) for value in (20.3, 19.6))
+    for long, short in ((2.0, 2.0), (3.0, 2.0), (6.0, 2.0)):
+        image = _peak(long, short, angle, polarity=polarity)
+        # Smoothing by a Gaussian adds its variance; curvatures of a Gaussian's peak go as one over the variance.
+        expected = (short**2 + 4) / (long**2 + 4)
+        assert columns.roundness(image, *at, polarity=polarity, width=2.0) == pytest.approx([expected], abs=2e-3)
+        assert columns.roundness(image, *at, polarity=-polarity, width=2.0) == 0.0
+    assert columns.roundness(np.full((9, 9), 4.0), *at, polarity=polarity, width=2.0) == pytest.approx([0.0])
+
+
+def test_roundness_at_the_border_and_without_points():
+    image = _peak(2.0, 2.0, 0.0, at=(1.0, 40.0))
+    near = columns.roundness(image, np.array([1.0, 0.0]), np.array([40.0, 0.0]), polarity=1, width=2.0)
+    assert np.all((near >= 0) & (near <= 1))
+    nothing = np.zeros(0)
+    assert columns.roundness(image, nothing, nothing, polarity=1, width=2.0).shape == (0,)
+    assert columns.fringes(nothing, nothing, nothing, nothing.astype(int), least=0.7).shape == (0,)
+
+
+def test_fringes_are_streaks_among_streaks_within_a_particle():
+    y, x = np.mgrid[10:60:10, 10:60:10].reshape(2, -1).astype(float)
+    y, x = np.append(y, y), np.append(x, x + 100)
+    particle = np.repeat([0, 1], 25)
+    roundness = np.where(particle == 0, 0.9, 0.3)
+    roundness[[7, 30]] = 0.4, 0.8  # one stretched column on zone, one round spot on the fringes
+    found = columns.fringes(y, x, roundness, particle, least=0.7)
+    assert np.flatnonzero(~found).tolist() == [*range(25), 30]
+    assert not columns.fringes(y, x, roundness, np.full(50, -1), least=0.7).any()
+    assert not columns.fringes(y, x, roundness, particle, least=0.0).any()
+    table = {"y": y, "x": x, "roundness": roundness, "beside": particle, "significance": np.full(50, 5.0)}
+    options = {"shape": (70, 170), "margin": 1.0, "min_significance": 1.0, "min_relative": 0.25, "min_distance": 4.0}
+    keep = columns.reported(table, min_roundness=0.7, **options)
+    assert keep.tolist() == (~found).tolist()
+
+
 # --- what is reported -----------------------------------------------------------------------------------------------
 
 
@@ -311,13 +358,17 @@ def test_the_margin_is_measured_from_the_edge_of_the_pixels():
     assert columns.inside(np.full(5, 10.0), y - 10, shape=(30, 20), margin=5.0).tolist() == [False] * 3 + [True, False]
 
 
+def _round(count):
+    return {"roundness": np.ones(count), "beside": np.full(count, -1)}
+
+
 def test_weak_and_doubled_columns_are_not_reported():
     table = {
         "y": np.array([10.0, 10.0, 10.4, 20.0]),
         "x": np.array([10.0, 20.0, 20.0, 20.0]),
         "significance": np.array([0.9, 3.0, 4.0, 1.1]),
-    }
-    options = {"shape": (40, 40), "margin": 5.0, "min_significance": 1.0, "min_distance": 6.0}
+    } | _round(4)
+    options = {"min_roundness": 0.7, "shape": (40, 40), "margin": 5.0, "min_significance": 1.0, "min_distance": 6.0}
     keep = columns.reported(table, min_relative=0.0, **options)
     assert keep.tolist() == [False, False, True, True]
     assert columns.reported(table, min_relative=0.25, **options).tolist() == keep.tolist()
@@ -328,8 +379,8 @@ def test_speckle_goes_where_columns_are_strong_though_it_outnumbers_them():
     rng = np.random.default_rng(0)
     place = np.stack(np.mgrid[10:190:10, 10:190:10], -1).reshape(-1, 2).astype(float)
     significance = np.where(np.arange(len(place)) < 45, rng.uniform(6, 9, len(place)), rng.uniform(1, 1.7, len(place)))
-    table = {"y": place[:, 0], "x": place[:, 1], "significance": significance}
-    options = {"shape": (200, 200), "margin": 5.0, "min_significance": 0.9, "min_distance": 6.0}
+    table = {"y": place[:, 0], "x": place[:, 1], "significance": significance} | _round(len(place))
+    options = {"min_roundness": 0.7, "shape": (200, 200), "margin": 5.0, "min_significance": 0.9, "min_distance": 6.0}
     keep = columns.reported(table, min_relative=0.25, **options)
     assert np.flatnonzero(keep).tolist() == list(range(45))
     weak = {**table, "significance": significance / 5}
@@ -338,8 +389,8 @@ def test_speckle_goes_where_columns_are_strong_though_it_outnumbers_them():
 
 def test_where_nothing_is_strong_something_is_left():
     table = {name: np.array(values) for name, values in (("y", [10.0, 30.0]), ("x", [10.0, 30.0]))}
-    table["significance"] = np.array([-0.5, -3.0])
-    options = {"shape": (40, 40), "margin": 5.0, "min_distance": 6.0, "min_significance": -100.0}
+    table |= {"significance": np.array([-0.5, -3.0])} | _round(2)
+    options = {"min_roundness": 0.7, "shape": (40, 40), "margin": 5.0, "min_distance": 6.0, "min_significance": -100.0}
     for relative in (0.0, 0.25, 1.0):
         assert columns.reported(table, min_relative=relative, **options).tolist() == [True, True]
 

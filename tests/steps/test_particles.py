@@ -114,6 +114,11 @@ def test_points_know_their_particle() -> None:
     labels = particles.label(discs((60, 40, 20), (30, 120, 15)), **SETTINGS)
     y, x = np.array([60.2, 30.4, 5.0, -3.0, 500.0]), np.array([40.0, 119.6, 5.0, 10.0, 10.0])
     assert particles.particle_of(labels, y, x).tolist() == [1, 0, -1, -1, -1]
+    # Discs of 20 and 15 px: 3.5 px beyond the first, half a pixel beyond the second, far from both.
+    y, x = np.array([60.0, 14.5, 100.0]), np.array([63.5, 120.0, 100.0])
+    assert particles.particle_of(labels, y, x).tolist() == [-1, -1, -1]
+    assert particles.particle_of(labels, y, x, reach=4.0).tolist() == [1, 0, -1]
+    assert particles.particle_of(labels, y[:0], x[:0], reach=4.0).tolist() == []
 
 
 @settings(max_examples=25, deadline=None)
