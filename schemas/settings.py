@@ -164,7 +164,7 @@ class Columns(Section):
         0.25, description="hrtem: least signal of a column as a part of that of the frame's strong columns"
     )
     min_roundness: Probability = Field(
-        0.7, description="least roundness of a column, or of those around it, in a particle; below it are fringes"
+        0.75, description="least roundness of a column where a particle shows fringes, as it does off its zone"
     )
     width: Positive = Field(0.5, description="standard deviation of a column's image in Å; a start if it is fitted")
     fit_width: bool = Field(True, description="fit one width per frame")

@@ -21,7 +21,8 @@ from pipeline.steps.column_fit import refine
 __all__ = ["Peaks", "find_columns", "fringes", "inside", "refine", "reported", "roundness"]
 
 STRONG = 0.9  # speckle may outnumber the columns of a small crystal several times over
-AROUND = 9  # columns, itself and the nearest, whose median tells a crystal on zone from one that shows fringes
+AROUND = 9  # columns, itself and the nearest, whose median roundness tells whether they lie on fringes
+FRINGES = 0.55  # on zone it is 0.9, in a real movie with some tilt or astigmatism 0.6 to 0.85, 8° off zone 0.2 to 0.45
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -172,10 +173,10 @@ def _derivatives(t: Floats) -> tuple[Floats, Floats, Floats]:
 def fringes(y: Floats, x: Floats, roundness: Floats, particle: Indices, *, least: float) -> Bools:
     """Which peaks (column,) are bright or dark spots on the fringes of a tilted crystal rather than columns.
 
-    particle: the particle that a peak lies in or beside, −1 for none. Those are fringes in a particle whose roundness
-    is below `least` and whose neighbourhood's is too, by the median over the AROUND nearest peaks of the particle. A
-    column on zone that an overlap or a vacancy stretches so keeps its place among round ones, and a round one survives
-    anywhere; sheets, whose atoms noise may stretch, are in no particle.
+    particle: the particle that a peak lies in or beside, −1 for none. A peak is taken for a part of a fringe if its
+    roundness is below `least` and its neighbourhood in the particle is stretched: the median of the AROUND nearest is
+    below FRINGES. So a column on zone that an overlap or a vacancy stretches stays among round ones, and a round one
+    stays anywhere. Sheets, whose atoms noise may stretch, are in no particle.
     """
     found = np.zeros(len(y), bool)
     for index in np.unique(particle[particle >= 0]):
@@ -183,7 +184,7 @@ def fringes(y: Floats, x: Floats, roundness: Floats, particle: Indices, *, least
         places = np.column_stack([y[mine], x[mine]])
         near = cKDTree(places).query(places, k=min(AROUND, len(mine)))[1].reshape(len(mine), -1)
         typical = np.median(roundness[mine][near], axis=1)
-        found[mine] = np.maximum(roundness[mine], typical) < least
+        found[mine] = (roundness[mine] < least) & (typical < FRINGES)
     return found
 
 
