@@ -212,8 +212,8 @@ def _with_tiles(task: Task, halvings: int) -> Task:
         return task
     options, side = task.settings, 2**halvings
     tile = max(64, (options.denoise.tile or 1024) // side)
-    window = max(4 * (options.segment.halo or 32), (options.segment.window or 1024) // side)
-    particles = max(4 * models.particle_halo(options), (options.particles.window or 1024) // side)
+    window = max(4 * models.halo_of(options.segment), (options.segment.window or 1024) // side)
+    particles = max(4 * models.halo_of(options.particles), (options.particles.window or 1024) // side)
     changed = {
         "denoise": options.denoise.model_copy(update={"tile": tile}),
         "segment": options.segment.model_copy(update={"window": window}),

@@ -9,7 +9,7 @@ from pipeline.networks.weights import Loaded, load_weights, resolve
 from pipeline.steps import segment, species
 from pipeline.steps.species import SpeciesModel
 from schemas.errors import SettingsError
-from schemas.settings import Settings
+from schemas.settings import Particles, Segment, Settings
 
 TRAINED_HERE = ("pretrained", "adapt", "scratch")
 """Words of ``denoise.weights`` that name no file."""
@@ -67,11 +67,11 @@ def particle_range(settings: Settings) -> tuple[float, float] | None:
     return max(low, least), min(high, most)
 
 
-def particle_halo(settings: Settings) -> int:
-    """Halo of a window of the particle network on each side [px of the network]."""
-    if settings.particles.halo is not None or settings.particles.model is None:
-        return settings.particles.halo or 0
-    return int(getattr(network(settings.particles.model, "cpu").module, "receptive_radius", 0))
+def halo_of(options: Segment | Particles) -> int:
+    """Halo of a window of a network on each side [px of the network]; 0 without a network."""
+    if options.halo is not None or options.model is None:
+        return options.halo or 0
+    return int(getattr(network(options.model, "cpu").module, "receptive_radius", 0))
 
 
 def finds_particles(settings: Settings, sampling: float) -> bool:

@@ -151,7 +151,7 @@ class Segment(Section):
         "auto", description="atoms bright or dark; auto: bright in haadf, voted by the network over the movie in hrtem"
     )
     window: Count | None = Field(384, description="edge of a window in pixels of the network; none: the whole frame")
-    halo: Count | None = Field(32, description="halo of a window on each side, in pixels of the network")
+    halo: Count | None = Field(None, description="halo of a window on each side; none: what the network looks at")
 
 
 class Columns(Section):

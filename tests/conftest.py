@@ -73,5 +73,4 @@ def quick(tiny_weights: dict[str, Path]) -> list[str]:
         "denoise.dtype=float32",
         f"segment.model={tiny_weights['columns']}",
         "segment.window=64",
-        "segment.halo=24",
     ]

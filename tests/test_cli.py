@@ -153,7 +153,7 @@ def test_check_lists_all_problems_and_computes_nothing(
         f"movies:\n  - source: {tiny_movie}\n    set: {{source.frames: [90, 99]}}\n"
         f"  - source: {second}\n    set: {{segment.model: nothing}}\noutput: {tmp_path / 'out'}\n"
     )
-    code, _, err = colonnade("check", job, *options([i for i in quick if "model" not in i]))
+    code, _, err = colonnade("check", job, *options([i for i in quick if "segment" not in i]))
     assert code == 2
     assert "2 problem(s)" in err
     assert "source.frames is [90, 99], but tiny has 8 frames" in err
@@ -176,7 +176,7 @@ def test_check_knows_that_a_halo_is_too_small(
     assert code == 2
     assert "segment.halo is 9 px; the network of segment.model looks 23 px around" in err.replace("\n", " ")
     _, _, err = colonnade("check", tiny_movie, "-o", tmp_path / "out", *options(quick), "--set", "segment.window=40")
-    assert "segment.window is 40 px; expected more than two halos of 24 px" in err.replace("\n", " ")
+    assert "segment.window is 40 px; expected more than two halos of 23 px" in err.replace("\n", " ")
 
 
 def test_missing_calibration_names_the_setting(colonnade: Command, tiny_movie: Path, tmp_path: Path) -> None:

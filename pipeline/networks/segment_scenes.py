@@ -18,7 +18,7 @@ LOST = 2.0  # Å that a tilted column's atoms are spread over; from there on it 
 DEFOCI = np.arange(-140.0, 141.0, 20.0)  # Å
 VIEWS = 3  # images of one specimen at different defoci
 SHAPES = ("faceted", "sphere", "truncated octahedron", "cuboctahedron")
-FAMILIES = {"particle": 0.57, "sheet": 0.25, "film": 0.08, "vacuum": 0.03, "singles": 0.07}
+FAMILIES = {"particle": 0.56, "sheet": 0.24, "film": 0.1, "vacuum": 0.03, "singles": 0.07}
 
 
 Found = list[tuple[float, int, np.ndarray]]  # merit, sign of the contrast, image
@@ -94,7 +94,7 @@ def _sheet(rng: np.random.Generator, common: dict[str, Any]) -> MovieSpec:
 
 
 def _particles(rng: np.random.Generator, common: dict[str, Any]) -> MovieSpec:
-    particles = int(rng.choice([1, 2, 3], p=[0.75, 0.1, 0.15]))
+    particles = int(rng.choice([1, 2, 3], p=[0.6, 0.15, 0.25]))
     near = rng.uniform(0, 0.9, particles)
     far = rng.uniform(4, 22, particles)
     tilts = np.where((np.arange(particles) > 0) & (rng.random(particles) < 0.7), far, near)
@@ -109,7 +109,7 @@ def _particles(rng: np.random.Generator, common: dict[str, Any]) -> MovieSpec:
         shapes=SHAPES,
         particle_vacancies=float(rng.choice([0.0, 0.02, 0.06])),
         adatoms=int(rng.choice([0, 3])),
-        thickness=float(rng.uniform(8, 30)),
+        thickness=float(rng.uniform(8, 34)),
         particles=particles,
         radius=float(rng.uniform(8, 18) if particles == 1 else rng.uniform(4.5, 8)),
     )

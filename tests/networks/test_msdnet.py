@@ -24,7 +24,7 @@ def random_network(**changes):
 def test_shipped_configuration_keeps_its_budget():
     shipped = ColumnTraining()
     network = MSDNet(inputs=1, outputs=2, width=shipped.width, dilations=shipped.dilations)
-    assert network.macs_per_pixel <= 10_000
+    assert network.macs_per_pixel <= 13_000
     assert network.receptive_radius <= 56
     assert network.maps == 1 + shipped.width * len(shipped.dilations)
 
