@@ -17,7 +17,9 @@ from schemas.errors import ColonnadeError, SettingsError
 
 @dataclass(frozen=True)
 class Example:
-    """A crop of one frame: images (y, x); points and errors (column, 2) y, x [px] in it; sampling [Å/px]; its facts.
+    """A crop of one frame: images (y, x); sampling [Å/px]; its facts.
+
+    points, errors (column, 2): y, x of columns in it [px]; species (column,): their names.
 
     labels (y, x): n in the n-th particle of the frame, 0 elsewhere; ratios (particle,): their Fourier ratios.
     """
@@ -28,6 +30,7 @@ class Example:
     denoised: np.ndarray
     points: np.ndarray
     errors: np.ndarray
+    species: np.ndarray
     sampling: float
     snr: float
     dose: float
@@ -85,7 +88,7 @@ def _from_images(run: xr.DataTree, frame: int, folder: Path | None) -> xr.Datase
 def _example(run: xr.DataTree, picture: xr.Dataset) -> Example:
     frame, sampling = int(picture["frame"]), float(picture.attrs["sampling"])
     origin = np.array([picture.attrs["origin_y"], picture.attrs["origin_x"]], dtype=float)
-    points, errors = np.zeros((0, 2)), np.zeros((0, 2))
+    points, errors, species = np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(0, dtype=object)
     if "columns" in run.children:
         columns = to_detector(run, columns_of_frame(run, frame))
         points = np.stack([columns["y_detector"].values, columns["x_detector"].values], axis=1)
@@ -93,7 +96,7 @@ def _example(run: xr.DataTree, picture: xr.Dataset) -> Example:
         errors = np.stack([columns["y_err"].values, columns["x_err"].values], axis=1) / sampling
         height, width = picture["raw"].shape
         inside = ((points > -0.5) & (points < np.array([height, width]) - 0.5)).all(axis=1)
-        points, errors = points[inside], errors[inside]
+        points, errors, species = points[inside], errors[inside], columns["species"].values.astype(object)[inside]
     raw = picture["raw"].values
     labels = picture["labels"].values.astype(np.int64) if "labels" in picture else np.zeros(raw.shape, np.int64)
     ratios = particles_of_frame(run, frame)["fourier_ratio"].values if labels.any() else np.zeros(0)
@@ -105,6 +108,7 @@ def _example(run: xr.DataTree, picture: xr.Dataset) -> Example:
         denoised=picture["denoised"].values,
         points=points,
         errors=errors,
+        species=species,
         sampling=sampling,
         snr=float(facts["snr"]),
         dose=float(facts["dose"]),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -19,17 +20,25 @@ from pipeline.results.markup import Markup, data_uri, element, join, number_text
 MOST_PIXELS = 640
 """Longer edges are averaged down for the overview."""
 DETAIL = 14.0  # Å, edge of the magnified square
+COLOURS = ("#ffb000", "#56b4e9", "#dc267f", "#3ddc97", "#ffffff", "#f0e442")
+"""Of the markers of one species each; told apart by people who see no red or no green."""
 CIRCLE = (0.4, 0.9)  # Å, least and greatest radius of the marker of a column
 
 Window = tuple[int, int, int, int]
 
 
-def example_figure(example: Example, *, magnified: bool) -> Markup:
-    """Raw, denoised and columns side by side, whole and, if wanted, magnified."""
+def colours_of(shown: Sequence[Example]) -> dict[str, str]:
+    """A colour for each species in some frames; none where there are not two."""
+    names = sorted({str(name) for example in shown for name in example.species})
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)} if len(names) > 1 else {}
+
+
+def example_figure(example: Example, *, magnified: bool, colours: Mapping[str, str]) -> Markup:
+    """Raw, denoised and columns side by side, whole and, if wanted, magnified; markers coloured by species."""
     height, width = example.raw.shape
     whole = (0, height, 0, width)
     detail = detail_window(example) if magnified else None
-    rows = [_row(example, whole, detail)] + ([_row(example, detail, None)] if detail else [])
+    rows = [_row(example, whole, detail, colours)] + ([_row(example, detail, None, colours)] if detail else [])
     facts = [f"Frame {example.frame}, {number_text(example.time)} s: {len(example.points):,} columns in view"]
     facts += (
         [f"{len(example.ratios):,} particle{'' if len(example.ratios) == 1 else 's'}"] if example.labels.any() else []
@@ -39,11 +48,11 @@ def example_figure(example: Example, *, magnified: bool) -> Markup:
     return element("figure", *rows, element("figcaption", "; ".join(facts) + "."), class_="example")
 
 
-def _row(example: Example, window: Window, box: Window | None) -> Markup:
+def _row(example: Example, window: Window, box: Window | None, colours: Mapping[str, str]) -> Markup:
     frame = f"frame {example.frame}"
     kind = "magnified" if box is None and window != (0, example.raw.shape[0], 0, example.raw.shape[1]) else "whole"
     outline = _outline(window, box)
-    marks = _crosses(example, window) if kind == "magnified" else _circles(example, window)
+    marks = (_crosses if kind == "magnified" else _circles)(example, window, colours)
     panels = (
         ("raw", example.raw, (1.0, 99.0), outline),
         ("denoised", example.denoised, (0.5, 99.8), None),
@@ -138,12 +147,15 @@ def _scale_bar(width: int, height: int, sampling: float) -> Markup:
     return join([bar, words])
 
 
-def _circles(example: Example, window: Window) -> Markup:
+def _circles(example: Example, window: Window, colours: Mapping[str, str]) -> Markup:
     radius = _radius(example)
     marks = [
-        element("circle", cx=f"{x + 0.5 - window[2]:.2f}", cy=f"{y + 0.5 - window[0]:.2f}", r=f"{radius:.2f}")
-        for y, x in example.points
-    ]
+        element(
+            "circle", cx=f"{x + 0.5 - window[2]:.2f}", cy=f"{y + 0.5 - window[0]:.2f}", r=f"{radius:.2f}",
+            stroke=colours.get(str(name)),
+        )
+        for (y, x), name in zip(example.points, example.species, strict=True)
+    ]  # fmt: skip
     return element("g", *marks, class_="marks", stroke_width=f"{radius / 3:.2f}")
 
 
@@ -156,17 +168,19 @@ def _radius(example: Example) -> float:
     return float(np.clip(0.4 * distance, least, most))
 
 
-def _crosses(example: Example, window: Window) -> Markup:
+def _crosses(example: Example, window: Window, colours: Mapping[str, str]) -> Markup:
     """A cross on each column whose arms are 0.4 Å, and the ellipse of three standard errors."""
     y0, y1, x0, x1 = window
     arm = 0.4 / example.sampling
     marks = []
-    for (y, x), (y_err, x_err) in zip(example.points, np.nan_to_num(example.errors), strict=True):
+    for (y, x), (y_err, x_err), name in zip(
+        example.points, np.nan_to_num(example.errors), example.species, strict=True
+    ):
         cy, cx = y + 0.5 - y0, x + 0.5 - x0
         if -1 < cy < y1 - y0 + 1 and -1 < cx < x1 - x0 + 1:
             lines = f"M{cx - arm:.2f} {cy:.2f}H{cx + arm:.2f}M{cx:.2f} {cy - arm:.2f}V{cy + arm:.2f}"
             ellipse = element("ellipse", cx=f"{cx:.2f}", cy=f"{cy:.2f}", rx=f"{3 * x_err:.2f}", ry=f"{3 * y_err:.2f}")
-            marks += [element("path", d=lines), ellipse]
+            marks.append(element("g", element("path", d=lines), ellipse, stroke=colours.get(str(name))))
     return element("g", *marks, class_="marks", stroke_width=f"{0.1 / example.sampling:.2f}")
 
 

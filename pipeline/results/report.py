@@ -18,7 +18,7 @@ from pipeline.results.examples import Example, examples
 from pipeline.results.figures import drift_figure, histogram_figure, lattice_figure, particle_figure, series_figure
 from pipeline.results.history import History, movies_of, read_history
 from pipeline.results.markup import Markup, element, join, number_text, page, table
-from pipeline.results.montage import example_figure
+from pipeline.results.montage import colours_of, example_figure
 from pipeline.results.open import find_runs, movie_name, open_run, provenance
 from pipeline.results.status import duration
 from pipeline.results.summary import (
@@ -182,7 +182,8 @@ def _lead(made: Mapping[str, Any], series: FrameSeries | None) -> Markup:
 
 
 def _montage(shown: Sequence[Example]) -> list[Markup]:
-    drawn = [example_figure(example, magnified=i == 0) for i, example in enumerate(shown)]
+    colours = colours_of(shown)
+    drawn = [example_figure(example, magnified=i == 0, colours=colours) for i, example in enumerate(shown)]
     if not drawn:
         return [element("p", "The run holds no example frames.", class_="note")]
     words = (
@@ -195,7 +196,11 @@ def _montage(shown: Sequence[Example]) -> list[Markup]:
             " Particles are coloured by their Fourier ratio, from yellow (peaks of one brightness) to violet "
             "(unequal); white where no lattice is seen."
         )
-    return [element("p", words, class_="note"), *drawn]
+    keys = [
+        element("span", name, class_="species", style=f"border-color: {colour}") for name, colour in colours.items()
+    ]
+    legend = [element("p", "Species: ", *keys, class_="note")] if keys else []
+    return [element("p", words, class_="note"), *legend, *drawn]
 
 
 def _histograms(summary: ColumnSummary) -> Markup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import re
 import shutil
@@ -262,13 +263,26 @@ def test_markers_lie_on_the_columns(run_path: Path) -> None:
     inside = ((expected > -0.5) & (expected < [39.5, 47.5])).all(axis=1)
     assert inside.any()
     assert np.allclose(example.points, expected[inside])
-    circles = re.findall(r'<circle cx="([\d.-]+)" cy="([\d.-]+)"', montage.example_figure(example, magnified=False))
+    circles = re.findall(
+        r'<circle cx="([\d.-]+)" cy="([\d.-]+)"', montage.example_figure(example, magnified=False, colours={})
+    )
     assert np.allclose([(float(cy), float(cx)) for cx, cy in circles], expected[inside] + 0.5, atol=0.006)
+
+
+def test_species_have_colours_of_their_own_where_there_are_several(run_path: Path) -> None:
+    (example,) = list(examples(open_run(run_path), [3]))
+    assert set(example.species) == {"Au"} and montage.colours_of([example]) == {}
+    mixed = dataclasses.replace(example, species=np.array(["S", "Mo"] * len(example.points))[: len(example.points)])
+    colours = montage.colours_of([example, mixed])
+    assert list(colours) == ["Au", "Mo", "S"] and len(set(colours.values())) == 3
+    drawn = montage.example_figure(mixed, magnified=False, colours=colours)
+    strokes = re.findall(r'<circle [^>]*stroke="([^"]+)"', drawn)
+    assert strokes == [colours[name] for name in mixed.species]
 
 
 def test_example_pixels_are_the_stored_ones(run_path: Path) -> None:
     example = next(examples(open_run(run_path)))
-    drawn = montage.example_figure(example, magnified=False)
+    drawn = montage.example_figure(example, magnified=False, colours={})
     encoded = re.findall(r'href="data:image/png;base64,([^"]+)"', drawn)
     assert len(encoded) == 3
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded[0]))), dtype=float)
@@ -322,7 +336,7 @@ def test_scale_bars_are_round_and_short(width: float, length: float) -> None:
 
 def test_the_scale_bar_is_calibrated(run_path: Path) -> None:
     """48 pixels of 0.2 Å are 9.6 Å: the bar of 2 Å is 10 pixels long."""
-    drawn = montage.example_figure(next(examples(open_run(run_path))), magnified=False)
+    drawn = montage.example_figure(next(examples(open_run(run_path))), magnified=False, colours={})
     assert re.findall(r'<rect [^>]*width="([\d.]+)"[^>]*class="bar"', drawn)[0] == "10.000"
     assert ">2 Å</text>" in drawn
 
@@ -331,7 +345,20 @@ def test_the_detail_is_inside_and_full_of_columns() -> None:
     rng = np.random.default_rng(0)
     points = np.concatenate([rng.uniform(150, 190, (30, 2)), [[10.0, 10.0]]])
     blank = np.zeros((200, 240), dtype=np.float32)
-    example = Example(0, 0.0, blank, blank, points, points * 0, 0.2, 1.0, 1.0, blank.astype(int), np.zeros(0))
+    example = Example(
+        0,
+        0.0,
+        blank,
+        blank,
+        points,
+        points * 0,
+        np.full(len(points), "Au"),
+        0.2,
+        1.0,
+        1.0,
+        blank.astype(int),
+        np.zeros(0),
+    )
     window = montage.detail_window(example)
     assert window is not None
     y0, y1, x0, x1 = window
@@ -365,7 +392,9 @@ def test_particles_are_coloured_by_what_their_lattice_says() -> None:
     labels = np.zeros((20, 30), int)
     labels[2:8, 2:8], labels[2:8, 12:18], labels[12:18, 2:8] = 1, 2, 3
     flat, none = np.ones(labels.shape, np.float32), np.zeros((0, 2))
-    example = Example(0, 0.0, flat, flat, none, none, 0.2, 1.0, 1.0, labels, np.array([1.0, 50.0, np.nan]))
+    example = Example(
+        0, 0.0, flat, flat, none, none, np.zeros(0, str), 0.2, 1.0, 1.0, labels, np.array([1.0, 50.0, np.nan])
+    )
     colours = montage._coloured(example)
     equal, unequal, unknown, outside = (colours[at] for at in ((4, 4), (4, 14), (14, 4), (19, 29)))
     assert equal[0] > equal[2] and unequal[2] > unequal[1]  # yellow and violet
