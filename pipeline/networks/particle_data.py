@@ -22,7 +22,7 @@ from pipeline.steps.denoise import DenoisingNetwork, FrameLinks, denoise, measur
 from schemas.errors import SettingsError
 
 ELEMENTS = {"Au": 0.4, "Pt": 0.2, "Pd": 0.15, "Ag": 0.1, "Cu": 0.08, "Ni": 0.07}
-FAMILIES = {"particles": 0.74, "film": 0.12, "sheet": 0.10, "vacuum": 0.04}
+FAMILIES = {"particles": 0.70, "film": 0.17, "sheet": 0.09, "vacuum": 0.04}
 VIEWS = 3  # images of one specimen at different defoci
 
 
@@ -39,17 +39,17 @@ class ParticleSpec:
     """
 
     seed: int = 51
-    scenes: int = 300
-    denoised: int = 360
+    scenes: int = 420
+    denoised: int = 500
     check_scenes: int = 40
-    steps: int = 1000
+    steps: int = 3000
     batch: int = 6
     rate: float = 4e-3
-    check_every: int = 125
+    check_every: int = 375
     edge: int = 288
     fine: float = 0.25
-    crop: int = 96
-    sampling: float = 0.6
+    crop: int = 128
+    sampling: float = 0.45
     coarsest: float = 1.2
     width: int = 8
     dilations: tuple[int, ...] = (1, 2, 4, 8, 16, 8, 4, 2)
