@@ -128,6 +128,8 @@ class _Signals:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self.stop.is_set():  # the process is ending; a second signal must find us, not its default action
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

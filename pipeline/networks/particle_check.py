@@ -35,6 +35,9 @@ EMPTY = {
     "edge of a film": MovieSpec(kind="carbon", frames=FRAMES, carbon=10.0, carbon_cover=0.5),
     "MoS2": MovieSpec(kind="mos2", energy=80.0, frames=FRAMES),
     "graphene": MovieSpec(kind="graphene", energy=80.0, frames=FRAMES),
+    "graphene with Si, HAADF": MovieSpec(
+        kind="graphene", mode="haadf", energy=60.0, sampling=0.08, groups=("trimer",), frames=FRAMES
+    ),
 }
 
 

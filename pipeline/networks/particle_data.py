@@ -22,7 +22,7 @@ from pipeline.steps.denoise import DenoisingNetwork, FrameLinks, denoise, measur
 from schemas.errors import SettingsError
 
 ELEMENTS = {"Au": 0.4, "Pt": 0.2, "Pd": 0.15, "Ag": 0.1, "Cu": 0.08, "Ni": 0.07}
-FAMILIES = {"particles": 0.70, "film": 0.17, "sheet": 0.09, "vacuum": 0.04}
+FAMILIES = {"particles": 0.66, "film": 0.15, "sheet": 0.15, "vacuum": 0.04}
 VIEWS = 3  # images of one specimen at different defoci
 
 
@@ -121,9 +121,11 @@ def random_movie(rng: np.random.Generator, spec: ParticleSpec) -> MovieSpec:
     if family == "film":
         return MovieSpec(**common | {"kind": "carbon", "carbon": float(rng.uniform(4, 30))})
     if family == "sheet":
-        kind = str(rng.choice(["graphene", "hbn", "mos2", "wse2"], p=[0.25, 0.1, 0.4, 0.25]))
-        hole = float(rng.choice([0.0, rng.uniform(3, 15)]))
-        return MovieSpec(**common, kind=kind, vacancies=float(rng.choice([0.0, 0.03])), hole=hole)
+        kind = str(rng.choice(["graphene", "hbn", "mos2", "wse2"], p=[0.4, 0.1, 0.3, 0.2]))
+        common |= {"mode": str(rng.choice(["hrtem", "haadf"])), "hole": float(rng.choice([0.0, rng.uniform(3, 15)]))}
+        if kind == "graphene" and rng.random() < 0.5:
+            common |= {"groups": ("trimer", "dimer"), "dopants": float(rng.choice([0.0, 0.01]))}
+        return MovieSpec(**common, kind=kind, vacancies=float(rng.choice([0.0, 0.03])))
     count = int(rng.choice([1, 2, 3, 5], p=[0.35, 0.3, 0.2, 0.15]))
     return MovieSpec(
         **common,
