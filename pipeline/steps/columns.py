@@ -21,6 +21,7 @@ from pipeline.steps.column_fit import refine
 __all__ = ["Peaks", "find_columns", "fringes", "inside", "refine", "reported", "roundness"]
 
 STRONG = 0.9  # speckle may outnumber the columns of a small crystal several times over
+AT_ONCE = 1024  # columns whose surroundings are held at a time
 AROUND = 9  # columns, itself and the nearest, whose median roundness tells whether they lie on fringes
 FRINGES = 0.55  # on zone it is 0.9, in a real movie with some tilt or astigmatism 0.6 to 0.85, 8° off zone 0.2 to 0.45
 
@@ -137,19 +138,24 @@ def inside(y: Floats, x: Floats, *, shape: tuple[int, int], margin: float) -> Bo
     return (y >= low) & (y <= bottom) & (x >= low) & (x <= right)
 
 
-def roundness(image: NDArray[np.floating], y: Floats, x: Floats, *, polarity: int, width: float) -> NDArray[np.float64]:
+def roundness(image: NDArray[np.floating], y: Floats, x: Floats, *, polarity: int, width: float) -> Floats:
     """Least over greatest curvature of an image at points: (point,), 1 on a round peak, 0 on a fringe and off any peak.
 
     image (y, x) in any unit, smoothed here by a Gaussian of standard deviation width [px]; polarity 1 for bright peaks,
     −1 for dark ones. Outside the frame its border is repeated. After the roundness of Stetson, PASP 99, 191 (1987),
     but in all directions instead of along the axes.
     """
+    parts = [slice(start, start + AT_ONCE) for start in range(0, max(len(y), 1), AT_ONCE)]
+    return np.concatenate([_roundness(image, y[part], x[part], polarity, width) for part in parts])
+
+
+def _roundness(image: NDArray[np.floating], y: Floats, x: Floats, polarity: int, width: float) -> Floats:
     radius = int(np.ceil(3.5 * width)) + 1
     rows, cols = (np.rint(axis).astype(np.int64)[:, None] + np.arange(-radius, radius + 1) for axis in (y, x))
     height, breadth = image.shape
-    patch = np.asarray(image, np.float64)[
-        np.clip(rows, 0, height - 1)[:, :, None], np.clip(cols, 0, breadth - 1)[:, None, :]
-    ]
+    patch = image[np.clip(rows, 0, height - 1)[:, :, None], np.clip(cols, 0, breadth - 1)[:, None, :]].astype(
+        np.float64
+    )
     (y0, y1, y2), (x0, x1, x2) = (_derivatives((at - axis[:, None]) / width) for at, axis in ((rows, y), (cols, x)))
     scale = np.abs(patch).max(axis=(1, 2), initial=0.0)
     # Sampled, the kernels of derivatives do not quite sum to nothing.

@@ -328,6 +328,8 @@ def test_roundness_at_the_border_and_without_points():
     image = _peak(2.0, 2.0, 0.0, at=(1.0, 40.0))
     near = columns.roundness(image, np.array([1.0, 0.0]), np.array([40.0, 0.0]), polarity=1, width=2.0)
     assert np.all((near >= 0) & (near <= 1))
+    many = [np.full(columns.AT_ONCE + 7, value) for value in (1.0, 40.0)]
+    assert np.all(columns.roundness(image, *many, polarity=1, width=2.0) == near[0])
     nothing = np.zeros(0)
     assert columns.roundness(image, nothing, nothing, polarity=1, width=2.0).shape == (0,)
     assert columns.fringes(nothing, nothing, nothing, nothing.astype(int), least=0.7).shape == (0,)
