@@ -157,7 +157,7 @@ class Segment(Section):
 class Columns(Section):
     """Atomic columns and their positions."""
 
-    threshold: Probability = Field(0.3, description="least probability of a column")
+    threshold: Probability = Field(0.4, description="least probability of a column")
     min_distance: Positive = Field(1.0, description="least distance of two columns in Å")
     min_significance: float = Field(1.0, description="least signal of a column in the counts of one frame, in sigma")
     min_relative: Probability = Field(

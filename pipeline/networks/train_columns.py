@@ -42,10 +42,10 @@ which more than 15 % of the columns have the other sign were left out.
 reach. `in_empty`: columns per image of bare film or vacuum. One CPU core trains it in an hour; no GPU is needed.
 
 **Limits**: coarser than 0.4 or finer than 0.03 Å/px is refused. Gold much thicker than 30 Å reverses its contrast in
-places; columns there are missed or seen between the true ones. Film without any crystal in the frame is in part taken
-for columns, and so are fringes of particles off their zone; a run drops most of them again (`columns.min_significance`,
-`columns.min_relative`, `columns.min_roundness`). Lone atoms in one noisy scan are found worse than by a tuned
-difference of Gaussians (`scripts/accuracy_single_atoms`).
+places; columns there are missed or seen between the true ones. Of Pt at 50 e⁻/Å² one in forty is spurious. Film without
+any crystal in the frame is in part taken for columns, and so are fringes of particles off their zone; a run drops most
+of them again (`columns.min_significance`, `columns.min_relative`, `columns.min_roundness`). Lone atoms in one noisy
+scan are found worse than by a tuned difference of Gaussians (`scripts/accuracy_single_atoms`).
 """
 REACH, MARGIN, LEAST_DISTANCE = 0.7, 1.0, 1.0  # Å: of a match; from the border; between two columns
 
