@@ -50,7 +50,7 @@ def test_the_same_weights_alone_and_on_a_worker(tmp_path, spec):
     folder = tmp_path / "a" / "p.training"
     assert {file.name for file in folder.iterdir()} >= {"checkpoint.safetensors", "curve.csv", "curve.png", train.LOG}
     assert (tmp_path / "a" / "p.md").read_text().startswith("# p: where particles are")
-    assert load_weights(tmp_path / "a" / "p.safetensors").metadata["sampling"] == 0.6
+    assert load_weights(tmp_path / "a" / "p.safetensors").metadata["sampling"] == ParticleSpec().sampling
     heard: list[str] = []
     with connect(Profile(kind="local", workers=1, memory=1.5)) as client:
         there = train.train(
@@ -95,12 +95,12 @@ def test_specifications_come_from_files_and_mistakes_are_named(tmp_path, spec):
     assert train.load_spec("particles", None) == ParticleSpec()
     for text, found in (
         ("stepps: 4", "stepps is no field; did you mean 'steps'?"),
-        ("steps: many", "steps is 'many'; expected something like 1"),
+        ("steps: many", "steps is 'many'; expected something like 3000"),
         ("dilations: 3", r"dilations is 3; expected something like \(1, 2"),
         ("- 1", "holds list; expected some of the fields seed"),
         ("steps: [", "cannot be read as YAML"),
         ("steps: -4", "steps of the training is -4; expected a positive number"),
-        ("crop: 200", "crop is 200 px of 0.6 Å; expected at most nine tenths"),
+        ("crop: 200", "crop is 200 px of 0.45 Å; expected at most nine tenths"),
     ):
         spec.write_text(text)
         with pytest.raises(SettingsError, match=found):
