@@ -1,9 +1,12 @@
 """The feature maps of a mixed-scale dense network, with nothing ever concatenated: the fast ways, and their gradient.
 
-Layer i makes `width` maps: ReLU of a dilated 3 × 3 convolution of all maps before. All maps live in one buffer. Two
-ways to fill it, of which `feature_maps` takes the one that was measured to be faster (`scripts/benchmark --networks`):
+Layer i makes `width` maps: ReLU of a dilated 3 × 3 convolution of all maps before. All maps live in one buffer. Three
+ways to fill it, of which the one is taken that was measured to be the fastest (`scripts/benchmark --networks`):
 
 * `stepwise`, for wide layers: one convolution after the other; in the buffer a pixel's channels lie side by side.
+* `rolling`, the same for large images that need no gradient: the buffer holds few rows of the image and moves down it.
+  Each layer stays as far behind the one before as it looks ahead, so that nothing is computed twice, and a strip of all
+  layers stays in the cache.
 * `blocked`, for narrow layers, where a convolution with one or two outputs wastes the vector units. Rows of the image
   lie one after the other with zeros between, so that a shifted image is the same memory read from another place. Then a
   block of layers needs one matrix product, (9 taps of all its outputs) × (all earlier maps), whose rows are added to
@@ -14,6 +17,7 @@ ways to fill it, of which `feature_maps` takes the one that was measured to be f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,6 +28,8 @@ from torch.nn import functional
 NARROW = 4  # widest layers for which `blocked` is faster
 BLOCK = 10  # layers that share a matrix product
 TILE = 8192  # px
+SMALL = 256 * 256  # px of an image whose maps stay in the cache, so that `rolling` gains nothing
+ROWS, COLUMNS = 64, 512  # px that each layer of `rolling` computes at once
 
 
 class Layers(NamedTuple):
@@ -54,6 +60,8 @@ def feature_maps(images: Tensor, layers: Layers) -> Tensor:
 def logits(images: Tensor, layers: Layers, weight: Tensor, bias: Tensor) -> Tensor:
     """A 1 × 1 convolution, weight (outputs, maps, 1, 1), of all feature maps of images; no gradients."""
     if not layers.narrow:
+        if images.device.type == "cpu" and images.shape[-2] * images.shape[-1] > SMALL:
+            return rolling(images, layers, weight, bias)
         return functional.conv2d(stepwise(images, layers), weight, bias)
     matrix = weight[:, :, 0, 0]
     return torch.stack([_inner(bias[:, None] + matrix @ held.rows, held) for held in _each_blocked(images, layers)])
@@ -80,6 +88,52 @@ def stepwise(images: Tensor, layers: Layers) -> Tensor:
         torch.clamp_min(made, 0.0, out=buffer[:, filled : filled + len(bias)])
         filled += len(bias)
     return buffer
+
+
+def rolling(images: Tensor, layers: Layers, weight: Tensor, bias: Tensor) -> Tensor:
+    """What `logits` says, strip by strip of an image; takes the memory of one strip only."""
+    form = torch.channels_last
+    batch, inputs, height, width = images.shape
+    reach, lags = max(layers.dilations), [*accumulate(layers.dilations)]
+    above = lags[-1] + reach  # rows before those of the newest input that some layer still reads
+    rows = max(ROWS, above)  # what is kept must not overlap the place it is moved to
+    size = (1, weight.shape[1], above + rows + reach, width + 2 * reach)
+    held = torch.empty(size, dtype=images.dtype, device=images.device, memory_format=form)
+    layers = layers._replace(weights=[kernel.contiguous(memory_format=form) for kernel in layers.weights])
+    out = images.new_empty(batch, len(weight), height, width)
+    for image, made in zip(images, out, strict=True):
+        held[:, :, :above], held[..., :reach], held[..., -reach:] = 0, 0, 0
+        for top in range(0, height + lags[-1], rows):
+            down = above - top  # from a row of the image to its row in the buffer
+            if top:
+                held[:, :, :above] = held[:, :, rows : rows + above]
+            shown = image[:, top : top + rows]
+            held[0, :inputs, above : above + shown.shape[1], reach:-reach] = shown
+            held[:, :, height + down :] = 0
+            for left in range(0, width + lags[-1], COLUMNS):
+                filled = inputs
+                for kernel, offset, dilation, lag in zip(*layers, lags, strict=True):
+                    y = _range(top - lag, rows, height)
+                    x = _range(left - lag, COLUMNS, width)
+                    if len(y) and len(x):
+                        maps = held[:, :filled, _cut(y, down, dilation), _cut(x, reach, dilation)]
+                        new = functional.conv2d(maps, kernel, offset, dilation=dilation)
+                        place = (..., _cut(y, down), _cut(x, reach))
+                        torch.clamp_min(new, 0.0, out=held[:, filled : filled + len(offset)][place])
+                    filled += len(offset)
+                if len(y) and len(x):
+                    made[..., _cut(y), _cut(x)] = functional.conv2d(held[place], weight, bias)[0]
+    return out
+
+
+def _range(first: int, count: int, size: int) -> range:
+    """Of `count` pixels from `first` on, those of an axis of `size`."""
+    return range(max(first, 0), min(first + count, size))
+
+
+def _cut(pixels: range, offset: int = 0, border: int = 0) -> slice:
+    """Pixels, and a border on either side, of an array whose first element lies `offset` before pixel 0."""
+    return slice(pixels.start + offset - border, pixels.stop + offset + border)
 
 
 # ------------------------------------------------------------------------------------------------------------ blocked

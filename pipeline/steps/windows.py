@@ -95,21 +95,3 @@ def _add(total: Tensor, weights: Tensor, output: Tensor, place: tuple[int, int],
     weight = vertical[:, None] * horizontal
     total[:, slices[0], slices[1]] += output[:, parts[0], parts[1]] * weight
     weights[slices[0], slices[1]] += weight
-
-
-def working_bytes(
-    shape: tuple[int, int], *, channels: int, maps: int, window: int | None, halo: int, batch: int, itemsize: int = 4
-) -> int:
-    """Bytes that `blend` needs beside its input: accumulators, and a network of `maps` feature maps on one batch.
-
-    shape (y, x) of the image, `channels` of the output. The network's last input and its outputs count twice.
-    """
-    height, width = shape
-    rows, cols = height + 2 * halo, width + 2 * halo
-    if window is not None and (window < rows or window < cols):
-        rows = cols = window
-        accumulators = (channels + 1) * height * width
-    else:
-        batch, accumulators = 1, channels * height * width
-    per_pixel = maps + 2 * channels + 3
-    return itemsize * (accumulators + batch * rows * cols * per_pixel)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from pipeline.networks import msd_maps
-from pipeline.networks.msd_maps import Layers, blocked, feature_maps, logits, stepwise
+from pipeline.networks.msd_maps import Layers, blocked, feature_maps, logits, rolling, stepwise
 from pipeline.networks.msdnet import MSDNet
 
 
@@ -82,6 +82,39 @@ def test_blocks_and_tiles_of_any_size_change_nothing(width, dilations, height, a
         held = blocked(images[0], layers)
         found = msd_maps._inner(held.rows, held)
         assert torch.allclose(found, concatenated(images, layers)[0], atol=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    width=st.integers(1, 5),
+    dilations=st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    height=st.integers(1, 60),
+    across=st.integers(1, 40),
+    rows=st.sampled_from([1, 9, 64]),
+    columns=st.sampled_from([1, 7, 512]),
+)
+def test_strips_that_roll_down_an_image_change_nothing(width, dilations, height, across, rows, columns):
+    layers = layers_of(width, dilations, inputs=2, dtype=torch.float64)
+    images = images_of((2, 2, height, across), dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(msd_maps, "ROWS", rows)
+        patch.setattr(msd_maps, "COLUMNS", columns)
+        expected = concatenated(images, layers)
+        weight = images_of((3, expected.shape[1], 1, 1), 5, torch.float64)
+        bias = images_of((3,), 6, torch.float64)
+        found = rolling(images, layers, weight, bias)
+    assert torch.allclose(found, functional.conv2d(expected, weight, bias), atol=1e-10)
+
+
+def test_large_images_are_computed_in_strips(monkeypatch):
+    """A whole buffer of a 4096 × 4096 frame would take 4 GB."""
+    layers, taken = layers_of(8, [1, 2, 4, 8]), []
+    images, maps = images_of((1, 1, 300, 280)), 1 + 4 * 8
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, **options: taken.append(size) or empty(size, **options))
+    with torch.no_grad():
+        logits(images, layers, images_of((1, maps, 1, 1)), images_of((1,)))
+    assert taken == [(1, maps, 23 + 64 + 8, 280 + 16)]
 
 
 @pytest.mark.parametrize("width", [1, 3, 8])
