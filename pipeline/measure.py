@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import inference
-from pipeline.models import classes_of, species_network
+from pipeline.models import classes_of, species_network, too_dim_for_species
 from pipeline.movie import Clock, Movie, saturation_of
 from pipeline.steps import columns, detector, focus, fourier, particles, species
 from schemas.conventions import STATUS
@@ -207,7 +207,7 @@ def _unnamed(movie: Movie, count: int) -> _Named:
 def _species(movie: Movie, index: int, y: np.ndarray, x: np.ndarray, clock: Clock) -> _Named:
     """Species of columns at y, x [px], and the atoms that are missing in the frame."""
     options = movie.settings.species
-    if options.model is None:
+    if options.model is None or too_dim_for_species(movie.settings, dose=movie.dose) is not None:
         return _unnamed(movie, len(y))
     model = species_network(options.model, movie.task.device)
     with clock("read"):

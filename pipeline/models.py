@@ -87,6 +87,17 @@ def classes_of(settings: Settings) -> tuple[str, ...]:
     return species.assign_species(0, only=settings.species.only).classes
 
 
+def too_dim_for_species(settings: Settings, *, dose: float) -> float | None:
+    """The dose [e⁻/Å² per image] that the species model was trained with at least, if `dose` is below it, else None.
+
+    A network shown fewer electrons sees vacancies in noise. dose NaN, of counts that are not calibrated: never too dim.
+    """
+    if settings.species.model is None:
+        return None
+    least = species_network(settings.species.model, "cpu").least_dose
+    return least if dose < least else None
+
+
 def require_species(settings: Settings, *, planes: int, sampling: float) -> None:
     """Refuse a species model that was trained for another kind of data: mode, images per time point, sampling [Å/px].
 

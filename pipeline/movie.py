@@ -105,6 +105,13 @@ class Movie:
         """The movie's resolved settings."""
         return self.task.settings
 
+    @property
+    def dose(self) -> float:
+        """Mean dose [e⁻/Å² per image]; NaN where the counts are not calibrated."""
+        if self.level is None or self.model is None or not self.model.calibrated:
+            return float("nan")
+        return self.level.mean / self.stack.sampling**2
+
     def counts(self, start: int, stop: int) -> np.ndarray:
         """Raw frames [start, stop), (time, y, x)."""
         return self.stack.read(start, stop, plane=self.settings.source.defocus_plane)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import store
-from pipeline.models import finds_particles, particle_range
+from pipeline.models import finds_particles, particle_range, too_dim_for_species
 from pipeline.movie import Task
 from pipeline.parts import read_meta
 from schemas.settings import Settings
@@ -73,6 +73,14 @@ def _notes(found: Mapping[str, Mapping[str, Any]], stack: store.Stack, settings:
             f"no particles were looked for: {stack.sampling:g} Å/px is outside of what the network was trained for, "
             f"{limits[0]:g} to {limits[1]:g} Å/px"
         )
+    if noise is not None and noise["calibrated"]:
+        dose = found["calibrate"]["level"][0] / stack.sampling**2
+        least = too_dim_for_species(settings, dose=dose)
+        if least is not None:
+            notes.append(
+                f"no species were named: {dose:.3g} e⁻/Å² per image; {settings.species.model} was trained with "
+                f"{least:g} e⁻/Å² and more"
+            )
     if stack.defocus is not None:
         plane = settings.source.defocus_plane
         notes.append(

@@ -9,6 +9,7 @@ import pytest
 import xarray as xr
 
 from pipeline.preflight import problems_of
+from pipeline.results.open import open_run
 from schemas import variables
 from schemas.frames import FRAMES
 from tests import e2e_tools as tools
@@ -20,6 +21,10 @@ CLASSES = ("Mo", "Se", "0Se")
 FINDS = {
     "source.sampling": tools.SAMPLING, "source.frame_interval": 0.5, "source.defocus": DEFOCI,
     "source.defocus_plane": 1, "blocks.frames": 3, "segment.contrast": "bright", "images.examples": 1,
+}  # fmt: skip
+FACTS = {
+    "classes": list(CLASSES), "missing": [0, 1, 2], "hosts": [0, 0, 0], "mode": "hrtem", "planes": 3,
+    "sampling": 0.2, "sampling_range": [0.1, 0.3], "distance": 1.6, "temperature": 0.4,
 }  # fmt: skip
 
 
@@ -51,12 +56,8 @@ def model(tmp_path_factory):
     """A network that adds the planes, the dark one with the other sign: clear only where they are aligned."""
     added = np.array([1.0, 1.0, -1.0])
     weights = np.stack([0 * added, 2 * added, added, 0 * added])
-    facts = {
-        "classes": list(CLASSES), "missing": [0, 1, 2], "hosts": [0, 0, 0], "mode": "hrtem", "planes": 3,
-        "sampling": 0.2, "sampling_range": [0.1, 0.3], "distance": 1.6, "temperature": 0.4,
-    }  # fmt: skip
     path = tmp_path_factory.mktemp("weights") / "added.safetensors"
-    return tools.linear(path, weights, np.array([0.0, -11.0, -3.0, -9.0]), **facts)
+    return tools.linear(path, weights, np.array([0.0, -11.0, -3.0, -9.0]), **FACTS)
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +153,21 @@ def test_a_plane_that_is_not_finite_leaves_species_unknown(series, model, tmp_pa
     assert found["frames"]["vacancy_count"].values[2] == -1 and np.isnan(found["frames"]["vacancy_count_err"][2])
     assert found["frames"]["species_count"].values[2].tolist() == [0, 0, 0]
     assert (found["frames"]["status"] == 0).all()
+
+
+@pytest.mark.parametrize(("least", "named"), [(2000.0, False), (100.0, True)])
+def test_frames_too_dim_for_the_model_get_no_species(series, tmp_path, least, named):
+    """Some 30 to 60 electrons per pixel of 0.2 Å are 750 to 1500 e⁻/Å²."""
+    facts = {**FACTS, "training": {"dose": [least, 4000.0]}}
+    dim = tools.linear(tmp_path / "dim.safetensors", np.ones((4, 3)), np.zeros(4), **facts)
+    settings = {**FINDS, "species.model": dim, "denoise.network": "none", "source.counts_per_electron": 1.0}
+    (outcome,) = tools.run_job(series[0], tmp_path / "out", **settings)
+    found = tools.tables(outcome.path)
+    unknown = found["columns"]["species"].values == "unknown"
+    assert unknown.size and unknown.all() != named and unknown.any() != named
+    assert (found["frames"]["vacancy_count"] == -1).all() != named
+    notes = [
+        note for note in open_run(outcome.path).attrs["colonnade"]["notes"] if note.startswith("no species were named")
+    ]
+    assert len(notes) == (not named)
+    assert named or re.search(r"e⁻/Å² per image; .*dim.* was trained with 2000 e⁻/Å² and more", notes[0])

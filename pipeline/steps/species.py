@@ -92,7 +92,8 @@ class SpeciesModel:
     classes: names; missing: atoms that a site of each class lacks (vacancy counting); hosts: for each class the number
     of the crystal's element whose place it is, of one or two elements; mode: hrtem or haadf; planes: how
     many images it takes at once; sampling [Å/px] of its own grid, sampling_range [Å/px] of frames it may be shown;
-    distance [Å]: least distance of two sites; temperature: divides the logarithms of the class probabilities.
+    distance [Å]: least distance of two sites; temperature: divides the logarithms of the class probabilities;
+    least_dose [e⁻/Å² per image]: that it was trained with, 0 in HAADF, whose readings are no electrons.
     """
 
     network: nn.Module
@@ -105,6 +106,7 @@ class SpeciesModel:
     sampling_range: tuple[float, float]
     distance: float
     temperature: float = 1.0
+    least_dose: float = 0.0
 
     @classmethod
     def of(cls, network: nn.Module, metadata: Mapping[str, Any]) -> SpeciesModel:
@@ -122,6 +124,7 @@ class SpeciesModel:
                 (low, high),
                 float(metadata["distance"]),
                 float(metadata.get("temperature", 1.0)),
+                _least_dose(metadata),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise SettingsError(
@@ -132,6 +135,12 @@ class SpeciesModel:
     def occupied(self, name: str) -> bool:
         """Whether a site of class `name` holds an atom, so that it is a column."""
         return not name.startswith("0")
+
+
+def _least_dose(metadata: Mapping[str, Any]) -> float:
+    """That of the training; 0 where it is not stated."""
+    doses = metadata.get("training", {}).get("dose", (0.0,))
+    return float(doses[0]) if metadata["mode"] == "hrtem" else 0.0
 
 
 def assign_species(count: int, *, only: str | None) -> Species:
