@@ -208,6 +208,7 @@ def classify(
     probabilities = _settled(model, sites.probabilities, shift)
     size = (maps.shape[1], maps.shape[2])
     kept = inside(sites.y, sites.x, shape=size, margin=margin / model.sampling)
+    kept &= ~_hollow(model, sites.y, sites.x, probabilities)
     back = Sites((sites.y[kept] + 0.5) / scale[0] - 0.5, (sites.x[kept] + 0.5) / scale[1] - 0.5, probabilities[kept])
     seen = np.array([model.occupied(name) for name in model.classes])
     best = np.where(seen, asked, -1.0).argmax(1) if len(y) else np.zeros(0, int)
@@ -235,10 +236,7 @@ def _from_neighbours(model: SpeciesModel, y: Floats, x: Floats, probabilities: F
     first = np.array(model.hosts) == 0
     odds = [np.maximum(probabilities[:, of].sum(1), 1e-9) for of in (first, ~first)]
     own = np.clip(np.log(odds[0] / odds[1]), -EVIDENCE, EVIDENCE)
-    # Sites of one element are 1.7 next distances apart: those closer than 1.3 are of the other.
-    reach = 1.3 * model.distance / 0.7 / model.sampling
-    pairs = cKDTree(np.column_stack([y, x])).query_pairs(reach, output_type="ndarray")
-    ends = np.concatenate([pairs, pairs[:, ::-1]])
+    ends = _neighbours(model, y, x)
     # Sites with more than three neighbours, which are errors, must not make evidence grow from round to round.
     weight = np.sqrt(POOLING / np.maximum(np.bincount(ends[:, 0], minlength=len(y)), 3))
     near = coo_array((weight[ends[:, 0]] * weight[ends[:, 1]], (ends[:, 0], ends[:, 1])), shape=(len(y),) * 2).tocsr()
@@ -246,6 +244,32 @@ def _from_neighbours(model: SpeciesModel, y: Floats, x: Floats, probabilities: F
     for _ in range(ROUNDS):
         total = own - near @ total
     return np.asarray(total - own)
+
+
+def _neighbours(model: SpeciesModel, y: Floats, x: Floats) -> NDArray[np.intp]:
+    """Pairs (pair, 2), both ways round, of sites next to each other in a crystal of two elements.
+
+    Sites of one element are 1.7 next distances apart: those closer than 1.3 are of different ones.
+    """
+    reach = 1.3 * model.distance / 0.7 / model.sampling
+    pairs = cKDTree(np.column_stack([y, x])).query_pairs(reach, output_type="ndarray")
+    return np.concatenate([pairs, pairs[:, ::-1]])
+
+
+def _hollow(model: SpeciesModel, y: Floats, x: Floats, probabilities: Floats) -> NDArray[np.bool_]:
+    """Which sites said to be empty are the middle of a ring: atoms of their own element are next to them.
+
+    Near the edge of the view, where half of the ring is out of sight, the two look alike to the network.
+    """
+    found = np.zeros(len(y), bool)
+    if max(model.hosts) == 0 or not len(y):
+        return found
+    named = probabilities.argmax(1)
+    full = np.array([model.occupied(name) for name in model.classes])[named]
+    element = np.array(model.hosts)[named]
+    one, other = _neighbours(model, y, x).T
+    found[one[~full[one] & full[other] & (element[one] == element[other])]] = True
+    return found
 
 
 def _settled(model: SpeciesModel, probabilities: Floats, shift: Floats) -> Floats:

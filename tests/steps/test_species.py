@@ -139,6 +139,21 @@ def test_neighbours_settle_which_element_a_place_is_of() -> None:
     assert np.mean((settled[:-1, 0] > 0.5) == is_mo) > 0.99
 
 
+@pytest.mark.parametrize("seen", [6, 3])
+def test_the_middle_of_a_ring_is_no_vacancy(seen: int) -> None:
+    """A ring of Mo and S in turn, part of it out of view, with a site said to be empty inside; an empty S beside it."""
+    bond = 1.84 / 0.2
+    angle = np.deg2rad(60 * np.arange(6) + 30)
+    ring = [(30 + bond * np.sin(a), 30 + bond * np.cos(a), k % 2) for k, a in enumerate(angle)][:seen]
+    around_empty = [(60 + bond * np.sin(a), 60 + bond * np.cos(a), 0) for a in np.deg2rad([90, 210, 330])]
+    sites = [*ring, (30.0, 30.0, 3), (60.0, 60.0, 3), *around_empty]
+    found = classify(Known(sites), np.ones((3, 90, 90), np.float32)).sites
+    places = np.column_stack([found.y, found.x])
+    assert len(places) == len(sites) - 1
+    assert np.linalg.norm(places - 30, axis=1).min() > 0.9 * bond
+    assert species.vacancies(found.probabilities, missing=(0, 0, 1, 2))[0] == pytest.approx(2, abs=0.02)
+
+
 def test_no_sites_mean_no_vacancies() -> None:
     found = classify(Known([]), np.ones((3, 40, 40), np.float32))
     assert len(found.sites.y) == 0
