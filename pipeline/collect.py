@@ -81,8 +81,12 @@ def write_shard(shard: ShardOfRows) -> Mapping[str, Any]:
                     text = values.astype(object) if variable.dtype == "string" else values.astype(variable.dtype)
                     gathered.setdefault(variable.name, []).append(text)
         table = {name: np.concatenate(values) for name, values in gathered.items()}
+        limit = shard.task.settings.fourier.threshold
         if "fourier_ratio" in table:
-            table["interpretable"] = interpretable(table, threshold=shard.task.settings.fourier.threshold)
+            table["interpretable"] = interpretable(table, threshold=limit)
+        if "particle_ratio" in table:
+            seen = interpretable({"fourier_ratio": table["particle_ratio"]}, threshold=limit)
+            table["particle_interpretable"] = np.where(table["particle"] >= 0, seen, np.int8(-1))
         store.write_rows(Path(shard.task.run), schema, shard.start, table)
     return record(clock, rows=shard.stop - shard.start)
 

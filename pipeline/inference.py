@@ -19,21 +19,36 @@ SEGMENT_BATCH = 1  # windows at a time: fixed, since another batch may change th
 
 
 @dataclass(frozen=True)
-class Images:
+class Denoised:
     """A run of frames from ``first`` on, as (time, y, x) float32; frames that are not good hold NaN.
 
-    electrons and denoised [electrons]; probability [1], None where the sampling resolves no columns.
+    electrons and denoised [electrons]. surroundings (time, y, x) [electrons]: the frames and, on either side, those
+    that the ``denoiser`` looked at, ``before`` of them in front; links: of all these; offsets: those it looks at.
     """
 
     first: int
     counts: np.ndarray
     electrons: np.ndarray
     denoised: np.ndarray
+    denoiser: str
+    surroundings: np.ndarray
+    before: int
+    links: denoise.FrameLinks
+    offsets: tuple[int, ...]
+
+    def neighbourhood(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (y, x) [electrons] of the frames behind a denoised frame, and how many of them each pixel has."""
+        return denoise.neighbourhood(self.surroundings, row + self.before, offsets=self.offsets, links=self.links)
+
+
+@dataclass(frozen=True)
+class Images(Denoised):
+    """Denoised frames, segmented; probability (time, y, x) [1], None where the sampling resolves no columns."""
+
     probability: np.ndarray | None
     good: np.ndarray
     reasons: np.ndarray
     polarity: int
-    denoiser: str
     device: str
 
 
@@ -47,9 +62,9 @@ def denoiser_of(movie: Movie) -> tuple[Loaded | None, str]:
     return network(chosen, movie.task.device), f"{facts['network']} {facts['sha256'][:12]}"
 
 
-def halo_of(loaded: Loaded | None) -> int:
-    """Neighbours on either side that a denoiser looks at."""
-    return max((abs(k) for k in cast(Any, loaded.module).offsets), default=0) if loaded is not None else 0
+def offsets_of(loaded: Loaded | None) -> tuple[int, ...]:
+    """Frames that a denoiser looks at, counted from the one that it estimates; that one alone without a denoiser."""
+    return tuple(cast(Any, loaded.module).offsets) if loaded is not None else (0,)
 
 
 def number_format(movie: Movie) -> str:
@@ -60,10 +75,11 @@ def number_format(movie: Movie) -> str:
     return "bfloat16" if denoise.has_bfloat16(movie.task.device) else "float32"
 
 
-def denoised(movie: Movie, frames: range, clock: Clock) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
-    """Counts, electrons and denoised frames (time, y, x) of a run of frames, and what denoised them."""
+def denoised(movie: Movie, frames: range, clock: Clock) -> Denoised:
+    """Denoise a run of frames."""
     loaded, name = denoiser_of(movie)
-    halo = halo_of(loaded)
+    offsets = offsets_of(loaded)
+    halo = max(map(abs, offsets))
     low, high = max(0, frames.start - halo), min(movie.task.frames, frames.stop + halo)
     with clock("read"):
         counts = movie.counts(low, high)
@@ -85,7 +101,7 @@ def denoised(movie: Movie, frames: range, clock: Clock) -> tuple[np.ndarray, np.
     if place and movie.settings.lowpass.cutoff is not None:
         with clock("lowpass"):
             out[place] = lowpass(out[place], cutoff=movie.settings.lowpass.cutoff, sampling=movie.stack.sampling)
-    return counts[own], electrons[own], out, name
+    return Denoised(frames.start, counts[own], electrons[own], out, name, electrons, own.start, links, offsets)
 
 
 def segments(movie: Movie) -> bool:
@@ -105,7 +121,7 @@ def vote(movie: Movie, clock: Clock) -> tuple[list[float], int]:
     evidence = []
     loaded = network(movie.settings.segment.model, movie.task.device)
     for index in chosen:
-        *_, image, _ = denoised(movie, range(int(index), int(index) + 1), clock)
+        image = denoised(movie, range(int(index), int(index) + 1), clock).denoised
         with clock("segment"):
             evidence += segment.polarity_evidence(loaded.module, image, **_options(movie, loaded)).tolist()
     return evidence, 1 if sum(evidence) >= 0 else -1
@@ -124,20 +140,20 @@ def _options(movie: Movie, loaded: Loaded) -> dict[str, Any]:
 
 def infer(movie: Movie, frames: range, clock: Clock) -> Images:
     """Denoise and segment a run of frames."""
-    counts, electrons, smooth, name = denoised(movie, frames, clock)
+    seen = denoised(movie, frames, clock)
     _, ballot = movie.task.answer("vote")
     good = movie.good[frames.start : frames.stop] if movie.good is not None else np.zeros(len(frames), dtype=bool)
     probability = None
     if ballot["usable"]:
         loaded = network(movie.settings.segment.model, movie.task.device)
-        probability = np.full(smooth.shape, np.nan, dtype=np.float32)
+        probability = np.full(seen.denoised.shape, np.nan, dtype=np.float32)
         with clock("segment"):
             probability[good] = segment.column_probability(
-                loaded.module, smooth[good], polarity=ballot["polarity"], **_options(movie, loaded)
+                loaded.module, seen.denoised[good], polarity=ballot["polarity"], **_options(movie, loaded)
             )
     return Images(
-        first=frames.start, counts=counts, electrons=electrons, denoised=smooth, probability=probability,
-        good=good, reasons=_reasons(movie, counts, frames, good), polarity=ballot["polarity"], denoiser=name,
+        **vars(seen), probability=probability, good=good, reasons=_reasons(movie, seen.counts, frames, good),
+        polarity=ballot["polarity"],
         device=device_text(movie.task.device, number_format(movie), movie.task.halvings),
     )  # fmt: skip
 

@@ -63,7 +63,8 @@ def measure_frame(movie: Movie, images: inference.Images, row: int, clock: Clock
         "vacancy_count_err": named.error,
         "fourier_ratio": _ratio_of_frame(lattice, regions),
     }
-    table = _column_rows(movie, index, found, named, inside)
+    ratio = np.append(lattice.get("ratio", np.zeros(0)), np.nan)[inside]  # the last for columns in no particle
+    table = _column_rows(movie, index, found, named, (inside, ratio))
     return Measured(table, _particle_rows(movie, index, regions or {}, lattice), facts, labels)
 
 
@@ -85,6 +86,10 @@ def _columns(movie: Movie, images: inference.Images, row: int, labels: np.ndarra
             readout_variance=movie.model.readout_variance, share=options.share,
         )  # fmt: skip
         table: Rows = {name: np.asarray(values) for name, values in found.items()} | {"probability": peaks.probability}
+        table["evidence"] = columns.evidence(
+            *images.neighbourhood(row), images.denoised[row], found, polarity=images.polarity,
+            readout_variance=movie.model.readout_variance,
+        )  # fmt: skip
         table["roundness"] = columns.roundness(
             images.denoised[row], table["y"], table["x"], polarity=images.polarity, width=ROUND_WIDTH / sampling
         )
@@ -103,20 +108,24 @@ def _columns(movie: Movie, images: inference.Images, row: int, labels: np.ndarra
     return {name: values[chosen] for name, values in table.items()}
 
 
-def _column_rows(movie: Movie, index: int, found: Mapping[str, np.ndarray], named: _Named, inside: np.ndarray) -> Rows:
-    """Rows of ``/columns``, positions in Å in the specimen frame."""
+def _column_rows(
+    movie: Movie, index: int, found: Mapping[str, np.ndarray], named: _Named, inside: tuple[np.ndarray, np.ndarray]
+) -> Rows:
+    """Rows of ``/columns``, positions in Å in the specimen frame; inside: which particle, and its Fourier ratio."""
     sampling, empty = movie.stack.sampling, np.zeros(0)
     displacement = movie.settings.columns.displacement
-    names = ("intensity", "intensity_err", "background", "significance", "roundness", "probability")
+    names = ("intensity", "intensity_err", "background", "significance", "evidence", "roundness", "probability")
     return {
-        "frame": np.full(len(inside), index, dtype=np.int32),
+        "frame": np.full(len(named.name), index, dtype=np.int32),
         **_in_specimen(movie, index, found),
         "y_err": np.hypot(found.get("y_err", empty) * sampling, displacement),
         "x_err": np.hypot(found.get("x_err", empty) * sampling, displacement),
         **{name: found.get(name, empty) for name in names},
+        "supported": (found.get("evidence", empty) >= movie.settings.columns.min_evidence).astype(np.int8),
         "species": named.name,
         "species_probability": named.probability,
-        "particle": inside,
+        "particle": inside[0],
+        "particle_ratio": inside[1],
     }
 
 

@@ -39,7 +39,10 @@ CONTACT = {"free": 0, "border": 1, "touching": 2, "both": 3}
 """Values of ``/particles/contact``: cut by the border of the view (1), touching another particle (2), or both."""
 
 INTERPRETABLE = {"no": 0, "yes": 1}
-"""Values of ``interpretable``; -1 where nothing was computed."""
+"""Values of ``interpretable``; -1 where nothing was computed, and of columns in no particle."""
+
+SUPPORTED = {"no": 0, "yes": 1}
+"""Values of ``supported``."""
 
 
 def flags_of(words: Mapping[str, int]) -> dict[str, Any]:

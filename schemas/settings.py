@@ -160,6 +160,9 @@ class Columns(Section):
     threshold: Probability = Field(0.4, description="least probability of a column")
     min_distance: Positive = Field(1.0, description="least distance of two columns in Å")
     min_significance: float = Field(1.0, description="least signal of a column in the counts of one frame, in sigma")
+    min_evidence: float = Field(
+        4.5, description="log-likelihood ratio in the counts below which a column is flagged as not supported"
+    )
     min_relative: Probability = Field(
         0.25, description="hrtem: least signal of a column as a part of that of the frame's strong columns"
     )

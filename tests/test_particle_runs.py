@@ -80,6 +80,10 @@ def test_columns_know_their_particle(reference):
     centre = rows.isel(particle=(first + mine)[inside])
     away = np.hypot(centre["y"].values - columns["y"].values[inside], centre["x"].values - columns["x"].values[inside])
     assert (away <= 0.75 * centre["major_axis"].values).all()
+    np.testing.assert_array_equal(columns["particle_ratio"].values[inside], centre["fourier_ratio"].values)
+    np.testing.assert_array_equal(columns["particle_interpretable"].values[inside], centre["interpretable"].values)
+    assert np.isnan(columns["particle_ratio"].values[~inside]).all()
+    assert (columns["particle_interpretable"].values[~inside] == -1).all()
 
 
 def test_labels_are_kept_and_agree_with_the_table(reference):

@@ -72,6 +72,7 @@ def headline(
             summary.rows,
             f"{_range(counts.least, counts.most)} per frame, median {number_text(counts.median)}",
         ),
+        *_evidence_facts(summary),
         *_particle_facts(series, particles),
         ("position error", _unit(error, "Å"), "median standard error of a coordinate"),
         ("drift", _unit(drift.most, "Å"), "farthest from the first frame"),
@@ -85,6 +86,14 @@ def headline(
     if rate is not None:
         facts.append(("frames per second", rate, f"{duration(history.span() or 0)} from first to last block"))
     return tiles(*facts)
+
+
+def _evidence_facts(summary: ColumnSummary) -> list[tuple[str, float | str | None, str | None]]:
+    """The tile that says how many columns the counts alone bear out."""
+    if summary.supported is None or not summary.rows:
+        return []
+    share = f"{100 * summary.supported / summary.rows:.1f} %"
+    return [("supported", share, "of the columns, by the counts without the denoiser")]
 
 
 def _particle_facts(

@@ -11,7 +11,7 @@ import xarray as xr
 
 from pipeline.results.history import runs_of
 from pipeline.results.open import row_batches, values
-from schemas.conventions import INTERPRETABLE, STATUS
+from schemas.conventions import INTERPRETABLE, STATUS, SUPPORTED
 
 PROBABILITY_EDGES = np.linspace(0.0, 1.0, 51)
 ERROR_EDGES = np.concatenate([[0.0], np.geomspace(1e-3, 2.0, 120), [np.inf]])
@@ -62,6 +62,7 @@ class ColumnSummary:
     probability: np.ndarray = field(default_factory=lambda: np.zeros(len(PROBABILITY_EDGES) - 1, dtype=np.int64))
     error_y: np.ndarray = field(default_factory=lambda: np.zeros(len(ERROR_EDGES) - 1, dtype=np.int64))
     error_x: np.ndarray = field(default_factory=lambda: np.zeros(len(ERROR_EDGES) - 1, dtype=np.int64))
+    supported: int | None = None
 
     def median_error(self) -> float:
         """Median standard error of a coordinate [Å], to the width of a bin; NaN without columns."""
@@ -142,6 +143,8 @@ def column_summary(run: xr.DataTree) -> ColumnSummary:
         summary.probability += np.histogram(batch["probability"].values, PROBABILITY_EDGES)[0]
         summary.error_y += np.histogram(batch["y_err"].values, ERROR_EDGES)[0]
         summary.error_x += np.histogram(batch["x_err"].values, ERROR_EDGES)[0]
+        if "supported" in batch:  # runs of earlier versions have none
+            summary.supported = (summary.supported or 0) + int((batch["supported"].values == SUPPORTED["yes"]).sum())
     return summary
 
 

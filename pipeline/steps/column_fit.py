@@ -27,6 +27,7 @@ All is float64: the normal equations lose half the digits, the problem is tiny, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -74,8 +75,9 @@ def refine(
     y, x, y_err, x_err [px]: posterior position and standard error;
     intensity, intensity_err [electrons]: 2 pi width² amplitude of the measured frame alone, negative for dark columns;
     background [electrons per pixel]; width [px], the same for all columns of a frame;
-    significance [1]: the signal-to-noise ratio that the denoised amplitude has in one measured frame, > 0 where its
-    sign is that of polarity; fitted (1 or 0): 0 where the fit ran out of its window or into nothing; there the start
+    amplitude [electrons per pixel] of the denoised frame;
+    significance [1]: the signal-to-noise ratio that it has in one measured frame, > 0 where its sign is that of
+    polarity; fitted (1 or 0): 0 where the fit ran out of its window or into nothing; there the start
     is returned with the window's radius as error and significance 0.
     """
     start = np.column_stack([np.asarray(y, np.float64), np.asarray(x, np.float64)])
@@ -96,7 +98,52 @@ def refine(
     return _posterior(scenes, fit, torch.where(fitted, torch.nan, radius), place, polarity, share)
 
 
-_NAMES = (*("y", "x", "y_err", "x_err", "intensity", "intensity_err", "background", "width", "significance", "fitted"),)
+_NAMES = (
+    *("y", "x", "y_err", "x_err", "intensity", "intensity_err", "background", "width", "amplitude", "significance"),
+    "fitted",
+)
+
+
+def evidence(
+    mean: ArrayLike | torch.Tensor,
+    depth: ArrayLike | torch.Tensor,
+    denoised: ArrayLike | torch.Tensor,
+    columns: Mapping[str, Floats],
+    *,
+    polarity: int,
+    readout_variance: float,
+) -> Floats:
+    """Log-likelihood ratio [nat] of each column (column,) against none, by the counts alone.
+
+    mean (y, x) [electrons]: the average of `depth` (y, x) measured frames, all on the grid of one; denoised (y, x):
+    what their variance is taken from. columns: the result of `refine`. At the place and width of a column, which are
+    not asked again, the amplitude and background that explain the counts best are compared with a background alone;
+    neighbours are taken as the denoised frame has them. Where the counts show the opposite of polarity the ratio is
+    negative. At a place without a column its size is half of a squared standard normal number (Wilks): 4.5 is three
+    sigma.
+    """
+    place = torch.as_tensor(np.column_stack([columns["y"], columns["x"]]))
+    if not len(place):
+        return np.zeros(0)
+    measured, smooth, frames = (torch.as_tensor(image).to(torch.float64) for image in (mean, denoised, depth))
+    place, near = place.to(measured.device), neighbours(place.to(measured.device))
+    amplitude = torch.as_tensor(columns["amplitude"], device=measured.device)
+    fit = _Fit(amplitude, torch.zeros_like(amplitude), place, float(columns["width"][0]))
+    out = []
+    for scene in cut_windows(measured, smooth, place, near, width=fit.width, readout_variance=readout_variance):
+        at = (scene.centre[:, :, None] + scene.offset).long()
+        rows, cols = (at[:, axis].clamp(0, size - 1) for axis, size in enumerate(measured.shape))
+        weight = scene.weight * frames[rows[:, :, None], cols[:, None, :]]
+        away = scene.offset - (place[scene.rows] - scene.centre)[:, :, None]
+        line = torch.exp(-0.5 * (away / fit.width) ** 2)
+        peak, data = line[:, 0, :, None] * line[:, 1, None, :], scene.measured - _tails(scene, fit)
+        one, first, second, level, height = (
+            (weight * part).sum(dim=(1, 2)) for part in (torch.ones_like(peak), peak, peak**2, data, peak * data)
+        )
+        spread = one * second - first**2
+        ratio = polarity * (one * height - first * level) / torch.sqrt((one * spread).clamp_min(1e-300))
+        out.append(torch.where(spread > 1e-12 * one * second, 0.5 * ratio * ratio.abs(), 0.0))
+    return torch.cat(out).cpu().numpy()
 
 
 def _tails(scene: Scene, fit: _Fit) -> torch.Tensor:
@@ -188,6 +235,7 @@ def _posterior(
         "intensity_err": area * noise,
         "background": fit.background + step[:, 1],
         "width": torch.full_like(bound[:, 0], fit.width),
+        "amplitude": fit.amplitude,
         "significance": torch.where(fitted, polarity * fit.amplitude / noise, 0.0),
         "fitted": fitted.to(torch.float64),
     }

@@ -16,9 +16,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from pipeline.steps.column_fit import refine
+from pipeline.steps.column_fit import evidence, refine
 
-__all__ = ["Peaks", "find_columns", "fringes", "inside", "refine", "reported", "roundness"]
+__all__ = ["Peaks", "evidence", "find_columns", "fringes", "inside", "refine", "reported", "roundness"]
 
 STRONG = 0.9  # speckle may outnumber the columns of a small crystal several times over
 AT_ONCE = 1024  # columns whose surroundings are held at a time

@@ -112,6 +112,18 @@ def neighbour_stack(
     return stack, valid
 
 
+def neighbourhood(
+    frames: NDArray[np.float32] | Tensor, index: int, *, offsets: Sequence[int], links: FrameLinks
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean (y, x) [electrons] of frame `index` and its neighbours on its own grid, and how many frames each pixel has.
+
+    The same frames, moved by the same whole pixels, that a network of these `offsets` looks at; see `neighbour_stack`.
+    """
+    stack, valid = neighbour_stack(frames, index, offsets=offsets, links=links, fill=0.0)
+    depth = valid.sum(0).to(torch.float32)
+    return (stack.sum(0) / depth.clamp_min(1)).cpu().numpy(), depth.cpu().numpy()
+
+
 def frame_context(
     network: DenoisingNetwork, frames: Tensor, index: int, *, links: FrameLinks, level: Level
 ) -> Tensor | None:

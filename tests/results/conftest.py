@@ -64,11 +64,15 @@ def tables(counts: tuple[int, ...] = COUNTS, seed: int = 1) -> Tables:
         "intensity_err": np.full(total, 2.0, "float32"),
         "background": np.full(total, 8.0, "float32"),
         "significance": rng.uniform(3, 20, total).astype("float32"),
+        "evidence": rng.uniform(1, 90, total).astype("float32"),
+        "supported": np.ones(total, "int8"),
         "roundness": np.full(total, 0.9, "float32"),
         "probability": np.linspace(0.5, 0.99, total).astype("float32"),
         "species": np.array(["Au"] * total, dtype=object),
         "species_probability": np.ones(total, "float32"),
         "particle": (np.arange(total) % 3 - 1).astype("int32"),
+        "particle_ratio": np.full(total, 1.2, "float32"),
+        "particle_interpretable": np.minimum(np.arange(total) % 3 - 1, 1).astype("int8"),
     }
     return frames, columns
 
