@@ -98,9 +98,9 @@ def denoised(movie: Movie, frames: range, clock: Clock) -> Denoised:
                 cast(Any, loaded.module), electrons, wanted, links=links, level=movie.level,
                 tile=movie.settings.denoise.tile, dtype=movie.settings.denoise.dtype, device=movie.task.device,
             )  # fmt: skip
-    if place and movie.settings.lowpass.cutoff is not None:
+    if place and movie.cutoff is not None:
         with clock("lowpass"):
-            out[place] = lowpass(out[place], cutoff=movie.settings.lowpass.cutoff, sampling=movie.stack.sampling)
+            out[place] = lowpass(out[place], cutoff=movie.cutoff, sampling=movie.stack.sampling)
     return Denoised(frames.start, counts[own], electrons[own], out, name, electrons, own.start, links, offsets)
 
 

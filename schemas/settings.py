@@ -140,7 +140,14 @@ class Denoise(Section):
 class Lowpass(Section):
     """Filter after denoising."""
 
-    cutoff: Positive | None = Field(None, description="cut-off in 1/Å; none: no filter")
+    cutoff: Positive | Literal["information"] | None = Field(
+        None,
+        description="cut-off in 1/Å; information: the information limit, in hrtem of known energy; none: no filter",
+    )
+    focal_spread: Positive = Field(
+        20.0,
+        description="standard deviation of the focus in Å, by which the information limit is set; more: a lower one",
+    )
 
 
 class Segment(Section):

@@ -12,6 +12,8 @@ import xarray as xr
 from pipeline import store, story
 from pipeline.job import Outcome
 from pipeline.ledger import Ledger, read_records
+from pipeline.results.open import open_run
+from pipeline.steps.lowpass import information_limit
 from schemas.conventions import STATUS
 from schemas.jobfile import parse_overrides, validate
 
@@ -165,6 +167,18 @@ def test_images_are_those_of_the_settings(runs: Runs) -> None:
     assert np.array_equal(denoised(runs), plain)
     runs()
     assert not (runs.output / "tiny.zarr" / "images").exists()  # nobody asked for them: none are left over
+
+
+def test_denoised_frames_end_at_the_information_limit(runs: Runs) -> None:
+    """Where the energy is known; the same bits as with the number given, and the run says so."""
+    runs("images.save=[denoised]", "source.energy=300", "lowpass.cutoff=information")
+    found, limit = denoised(runs), information_limit(300.0, focal_spread=20.0)
+    notes = open_run(runs.output / "tiny.zarr").attrs["colonnade"]["notes"]
+    assert any("beyond 1.51 1/Å, the information limit at 300 keV" in note for note in notes)
+    runs("images.save=[denoised]", "source.energy=300", f"lowpass.cutoff={limit!r}")
+    assert np.array_equal(denoised(runs), found)
+    runs("images.save=[denoised]", "source.energy=300", "lowpass.cutoff=none")
+    assert not np.array_equal(denoised(runs), found)
 
 
 def test_a_stack_that_is_not_kept_is_made_again_when_it_is_needed(runs: Runs) -> None:

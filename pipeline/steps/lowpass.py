@@ -10,6 +10,23 @@ from numpy.typing import NDArray
 ROLL_OFF = 0.15
 
 
+# Envelope at the information limit.
+JUST_SEEN = np.exp(-2.0)
+# Electrons: wavelength [Å] = ROOT / sqrt(V + BEND V²), V the accelerating voltage.
+ROOT, BEND = 12.26426, 0.978476e-6
+
+
+def information_limit(energy: float, *, focal_spread: float) -> float:
+    """Highest spatial frequency [1/Å] that a microscope of `energy` [keV] transfers: where its envelope is e⁻².
+
+    Partial temporal coherence damps the linear transfer by exp(−(π λ Δ k² / 2)²), Δ the `focal_spread` [Å] (as in
+    abTEM; Kirkland, Advanced Computing in Electron Microscopy, 2010). What a denoised frame shows beyond is noise.
+    """
+    volts = 1e3 * energy
+    wavelength = ROOT / (volts + BEND * volts**2) ** 0.5
+    return float((2 * (-np.log(JUST_SEEN)) ** 0.5 / (np.pi * wavelength * focal_spread)) ** 0.5)
+
+
 def transmission(frequency: torch.Tensor, cutoff: float) -> torch.Tensor:
     """Half a cosine from 1 to 0, and 1/2 at the cut-off; `frequency` and `cutoff` in one unit."""
     x = ((frequency / cutoff - 1) / ROLL_OFF).clamp(-1, 1)

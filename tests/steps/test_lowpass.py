@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.steps.lowpass import ROLL_OFF, lowpass
+from pipeline.networks.species_images import transfer
+from pipeline.steps.lowpass import ROLL_OFF, information_limit, lowpass
 
 SAMPLING = 0.2
 
@@ -61,3 +62,16 @@ def test_a_ramp_does_not_wrap_around():
     ramp = np.broadcast_to(np.linspace(0, 1, 64, dtype=np.float32), (1, 64, 64))
     result = lowpass(ramp, cutoff=0.3, sampling=SAMPLING)
     assert np.abs(result - ramp).max() < 0.05
+
+
+@pytest.mark.parametrize(("energy", "spread"), [(300.0, 20.0), (300.0, 40.0), (80.0, 20.0), (60.0, 7.0)])
+def test_the_information_limit_is_where_the_envelope_of_the_simulator_is_e_to_the_minus_two(energy, spread):
+    gpts, sampling = 2048, 0.05
+    lens = np.abs(transfer(gpts, sampling=sampling, energy=energy, defocus=0.0, spherical=0.0, spread=(spread, 0.0))[0])
+    seen = np.fft.fftfreq(gpts, sampling)[: gpts // 2][lens[: gpts // 2] >= np.exp(-2)].max()
+    assert information_limit(energy, focal_spread=spread) == pytest.approx(seen, abs=1.1 / (gpts * sampling))
+
+
+def test_the_limit_of_a_common_microscope():
+    """300 keV, 20 Å: 0.66 Å."""
+    assert 1 / information_limit(300.0, focal_spread=20.0) == pytest.approx(0.661, abs=0.002)
