@@ -21,7 +21,7 @@ from pipeline import store
 from pipeline.ledger import read_records
 from pipeline.networks.weights import load_weights
 
-NUMERIC = ("detector", "drift", "denoise", "lowpass", "segment", "columns", "adapt")
+NUMERIC = ("detector", "drift", "denoise", "lowpass", "segment", "columns", "residual", "adapt")
 STORAGE = ("read", "write", "collect")
 
 

@@ -12,6 +12,7 @@ from pipeline import inference
 from pipeline.models import classes_of, species_network, too_dim_for_species
 from pipeline.movie import Clock, Movie, saturation_of
 from pipeline.steps import columns, detector, focus, fourier, particles, species
+from pipeline.steps.residual import residual, whiteness
 from schemas.conventions import STATUS
 
 Rows = dict[str, np.ndarray]
@@ -62,10 +63,21 @@ def measure_frame(movie: Movie, images: inference.Images, row: int, clock: Clock
         "vacancy_count": named.vacancies,
         "vacancy_count_err": named.error,
         "fourier_ratio": _ratio_of_frame(lattice, regions),
+        **_residual(movie, images, row, clock),
     }
     ratio = np.append(lattice.get("ratio", np.zeros(0)), np.nan)[inside]  # the last for columns in no particle
     table = _column_rows(movie, index, found, named, (inside, ratio))
     return Measured(table, _particle_rows(movie, index, regions or {}, lattice), facts, labels)
+
+
+def _residual(movie: Movie, images: inference.Images, row: int, clock: Clock) -> dict[str, float]:
+    """How strong and how white that is what the denoiser took away; NaN where nothing was denoised."""
+    if movie.model is None or not images.good[row]:
+        return {"residual_spread": np.nan, "residual_correlation": np.nan}
+    with clock("residual"):
+        taken = residual(images.electrons[row], images.denoised[row], readout_variance=movie.model.readout_variance)
+        found = whiteness(taken)
+    return {"residual_spread": found.spread, "residual_correlation": found.correlation}
 
 
 # ----------------------------------------------------------------------------------------------------------- columns

@@ -75,6 +75,14 @@ FRAMES = Schema(
         Variable("mean_electrons", _TIME, "float32", ELECTRON, "mean electrons (or effective electrons) per pixel"),
         Variable("dose", _TIME, "float32", DOSE, "electrons per area and frame; NaN where counts are uncalibrated"),
         Variable("snr", _TIME, "float32", DIMENSIONLESS, "standard deviation of the denoised frame over that of noise"),
+        Variable(
+            "residual_spread", _TIME, "float32", DIMENSIONLESS,
+            "rms of measured less denoised frame over the noise predicted; 1: all noise was taken and nothing else",
+        ),
+        Variable(
+            "residual_correlation", _TIME, "float32", DIMENSIONLESS,
+            "correlation of that difference between pixels at most 3 apart, the largest in size; 0 if it is white",
+        ),
         Variable("saturated_fraction", _TIME, "float32", DIMENSIONLESS, "share of pixels at or above saturation"),
         Variable("denoiser", _TIME, "string", "", "weights that denoised the frame"),
         Variable("device", _TIME, "string", "", "device, number format and torch build that computed the frame"),

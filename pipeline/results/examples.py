@@ -12,6 +12,7 @@ import xarray as xr
 
 from pipeline import store
 from pipeline.results.open import columns_of_frame, particles_of_frame, provenance, to_detector
+from pipeline.steps.residual import residual
 from schemas.errors import ColonnadeError, SettingsError
 
 
@@ -20,6 +21,9 @@ class Example:
     """A crop of one frame: images (y, x); sampling [Å/px]; its facts.
 
     points, errors (column, 2): y, x of columns in it [px]; species (column,): their names.
+
+    residual (y, x): raw less denoised in units of the noise predicted, None where nothing was denoised; spread and
+    correlation of that of the whole frame (see `pipeline.steps.residual`), NaN where they are not known.
 
     labels (y, x): n in the n-th particle of the frame, 0 elsewhere; ratios (particle,): their Fourier ratios.
     """
@@ -36,6 +40,9 @@ class Example:
     dose: float
     labels: np.ndarray
     ratios: np.ndarray
+    residual: np.ndarray | None = None
+    spread: float = float("nan")
+    correlation: float = float("nan")
 
 
 def examples(
@@ -65,7 +72,7 @@ def examples(
 
 
 def _from_images(run: xr.DataTree, frame: int, folder: Path | None) -> xr.Dataset | None:
-    """One frame from the stack (as counts) and from the kept images; None where either is not there."""
+    """One frame from the stack (in electrons) and from the kept images; None where either is not there."""
     made = provenance(run)
     if folder is None or "images" not in run.children or "denoised" not in run["images"].children:
         return None
@@ -73,6 +80,8 @@ def _from_images(run: xr.DataTree, frame: int, folder: Path | None) -> xr.Datase
         stack = store.open_stack(folder / str(made.get("stack", "")))
         plane = int(made.get("settings", {}).get("source", {}).get("defocus_plane", 0))
         raw = stack.read(frame, frame + 1, plane=plane)[0].astype(np.float32)
+        noise = (made.get("prepare") or {}).get("noise") or {}
+        raw = (raw - noise.get("offset", 0.0)) / noise.get("counts_per_electron", 1.0)
     except (ColonnadeError, OSError, IndexError):
         return None
     denoised = run["images/denoised/s0"].to_dataset()["denoised"].isel(time=frame).values
@@ -100,12 +109,19 @@ def _example(run: xr.DataTree, picture: xr.Dataset) -> Example:
     raw = picture["raw"].values
     labels = picture["labels"].values.astype(np.int64) if "labels" in picture else np.zeros(raw.shape, np.int64)
     ratios = particles_of_frame(run, frame)["fourier_ratio"].values if labels.any() else np.zeros(0)
-    facts = cast(xr.Dataset, run["frames"].to_dataset()[["snr", "dose"]].isel(time=frame))
+    table = run["frames"].to_dataset()
+    names = ["snr", "dose", *(name for name in ("residual_spread", "residual_correlation") if name in table)]
+    facts = cast(xr.Dataset, table[names].isel(time=frame))
+    denoised = picture["denoised"].values
+    noise = (provenance(run).get("prepare") or {}).get("noise") or {}
+    taken = None
+    if "readout_variance" in noise and not np.array_equal(raw, denoised):
+        taken = residual(raw, denoised, readout_variance=float(noise["readout_variance"]))
     return Example(
         frame=frame,
         time=float(facts["time"]),
         raw=raw,
-        denoised=picture["denoised"].values,
+        denoised=denoised,
         points=points,
         errors=errors,
         species=species,
@@ -114,4 +130,7 @@ def _example(run: xr.DataTree, picture: xr.Dataset) -> Example:
         dose=float(facts["dose"]),
         labels=labels,
         ratios=ratios,
+        residual=taken,
+        spread=float(facts.get("residual_spread", np.nan)),
+        correlation=float(facts.get("residual_correlation", np.nan)),
     )

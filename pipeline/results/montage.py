@@ -16,12 +16,15 @@ from scipy.spatial import cKDTree
 
 from pipeline.results.examples import Example
 from pipeline.results.markup import Markup, data_uri, element, join, number_text
+from pipeline.steps.residual import MEANINGLESS
 
 MOST_PIXELS = 640
 """Longer edges are averaged down for the overview."""
 DETAIL = 14.0  # Å, edge of the magnified square
 COLOURS = ("#ffb000", "#56b4e9", "#dc267f", "#3ddc97", "#ffffff", "#f0e442")
 """Of the markers of one species each; told apart by people who see no red or no green."""
+SIGMAS = 4.0
+"""Of the noise predicted, from black to white in the picture of what the denoiser took away."""
 CIRCLE = (0.4, 0.9)  # Å, least and greatest radius of the marker of a column
 
 Window = tuple[int, int, int, int]
@@ -45,6 +48,12 @@ def example_figure(example: Example, *, magnified: bool, colours: Mapping[str, s
     )
     facts += [f"signal-to-noise ratio {number_text(example.snr)}"] if math.isfinite(example.snr) else []
     facts += [f"{number_text(example.dose)} e⁻/Å²"] if math.isfinite(example.dose) else []
+    if math.isfinite(example.spread):
+        white = "white" if abs(example.correlation) <= MEANINGLESS else "not white"
+        facts.append(
+            f"difference {example.spread:.2f} of the noise predicted and {white} "
+            f"(pixels nearby correlated by {example.correlation:+.3f} at most)"
+        )
     return element("figure", *rows, element("figcaption", "; ".join(facts) + "."), class_="example")
 
 
@@ -53,20 +62,24 @@ def _row(example: Example, window: Window, box: Window | None, colours: Mapping[
     kind = "magnified" if box is None and window != (0, example.raw.shape[0], 0, example.raw.shape[1]) else "whole"
     outline = _outline(window, box)
     marks = (_crosses if kind == "magnified" else _circles)(example, window, colours)
+    taken = [] if example.residual is None else [("difference", example.residual, None, None)]
     panels = (
         ("raw", example.raw, (1.0, 99.0), outline),
         ("denoised", example.denoised, (0.5, 99.8), None),
+        *taken,
         ("columns", example.denoised, (0.5, 99.8), marks),
     )
     drawn = []
     for name, image, limits, over in panels:
-        low, high = np.percentile(image[np.isfinite(image)], limits) if np.isfinite(image).any() else (0.0, 1.0)
+        low, high = -SIGMAS, SIGMAS
+        if limits is not None:
+            low, high = np.percentile(image[np.isfinite(image)], limits) if np.isfinite(image).any() else (0.0, 1.0)
         picture = _panel(_grey(image, low, high), window, example.sampling, over, f"{name}, {frame}, {kind}")
         drawn.append(element("div", element("span", name, class_="name"), picture))
     if example.labels.any() and kind == "whole":
         picture = _panel(_coloured(example), window, example.sampling, None, f"particles, {frame}, {kind}")
         drawn.append(element("div", element("span", "particles", class_="name"), picture))
-    return element("div", *drawn, class_="panels four" if len(drawn) > 3 else "panels")
+    return element("div", *drawn, class_={4: "panels four", 5: "panels five"}.get(len(drawn), "panels"))
 
 
 def _panel(pixels: np.ndarray, window: Window, sampling: float, over: Markup | None, label: str) -> Markup:

@@ -187,9 +187,10 @@ def _montage(shown: Sequence[Example]) -> list[Markup]:
     if not drawn:
         return [element("p", "The run holds no example frames.", class_="note")]
     words = (
-        "Left the frame as measured, in the middle denoised, on the right with the columns that were "
-        "found; each picture has its own grey scale. The blue square is magnified below it: crosses are positions, "
-        "ellipses three standard errors."
+        "The frame as measured, denoised, and with the columns that were found; each picture has its own grey scale. "
+        "Before the last, what the denoiser took away, in units of the noise that the detector's model predicts, from "
+        "−4 (black) to 4: structure in it is signal that was lost. The blue square is magnified below it: crosses are "
+        "positions, ellipses three standard errors."
     )
     if any(example.labels.any() for example in shown):
         words += (

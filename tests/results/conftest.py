@@ -50,6 +50,8 @@ def tables(counts: tuple[int, ...] = COUNTS, seed: int = 1) -> Tables:
         "mean_electrons": np.full(n, 8.0, "float32"),
         "dose": np.where(status == 0, 200.0, np.nan).astype("float32"),
         "snr": np.where(status == 0, 1.0 + np.arange(n), np.nan).astype("float32"),
+        "residual_spread": np.full(n, 1.02, "float32"),
+        "residual_correlation": np.full(n, -0.01, "float32"),
         "saturated_fraction": np.zeros(n, "float32"),
         "denoiser": np.array(["blindspot"] * n, dtype=object),
         "device": np.array(["cpu float32"] * n, dtype=object),
@@ -91,6 +93,9 @@ def particles_of(frames: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return rows
 
 
+NOISE = {"offset": 0.0, "counts_per_electron": 1.0, "readout_variance": 0.5, "calibrated": True}
+
+
 def write_run(path: Path, made: Tables, **attributes: Any) -> Path:
     frames, columns = made
     given = {
@@ -102,7 +107,7 @@ def write_run(path: Path, made: Tables, **attributes: Any) -> Path:
         "models": {"denoise": {"name": "blindspot-small", "sha256": "0" * 64}},
         "plan": {"blocks": {"process": 2}},
         "notes": ["the dose is uncalibrated"],
-        "prepare": {"polarity": 1, "bad_pixels": 7},
+        "prepare": {"polarity": 1, "bad_pixels": 7, "noise": NOISE},
         "stack": f"stacks/{path.stem}.zarr",
     }
     store.create_run(path, {**given, **attributes})

@@ -284,7 +284,7 @@ def test_example_pixels_are_the_stored_ones(run_path: Path) -> None:
     example = next(examples(open_run(run_path)))
     drawn = montage.example_figure(example, magnified=False, colours={})
     encoded = re.findall(r'href="data:image/png;base64,([^"]+)"', drawn)
-    assert len(encoded) == 3
+    assert len(encoded) == 4  # raw, denoised, difference, columns
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded[0]))), dtype=float)
     assert pixels.shape == (40, 48)
     assert np.corrcoef(pixels.ravel(), example.raw.ravel())[0, 1] > 0.98
@@ -406,3 +406,17 @@ def test_particles_and_the_lattice_are_told(run_path: Path) -> None:
     assert "particles found" in text and "8 2 per frame" in text  # two in each of the four measured frames
     assert "interpretable" in text
     assert "Fourier ratio" in text
+
+
+def test_what_the_denoiser_took_away_is_shown_and_judged(run_path: Path) -> None:
+    shown = next(examples(open_run(run_path)))
+    # The counts of the run are Poisson of mean 8, denoised to 8, read out with half an electron squared.
+    assert shown.residual is not None and shown.residual.std() == pytest.approx((8 / 8.5) ** 0.5, rel=0.05)
+    text = _page(report(run_path)).text
+    assert "difference 1.02 of the noise predicted and white (pixels nearby correlated by -0.010 at most)" in text
+    assert 'aria-label="difference, frame 0, whole"' in montage.example_figure(shown, magnified=False, colours={})
+
+
+def test_without_a_denoiser_nothing_was_taken_away(run_path: Path) -> None:
+    shown = dataclasses.replace(next(examples(open_run(run_path))), residual=None, spread=float("nan"))
+    assert "difference" not in montage.example_figure(shown, magnified=True, colours={})
