@@ -10,7 +10,7 @@ import torch
 
 from pipeline.movie import Clock, Movie
 from pipeline.networks import adapt
-from pipeline.networks.weights import load_weights, resolve, save_weights
+from pipeline.networks.weights import architecture_of, load_weights, resolve, save_weights
 from pipeline.steps import denoise, drift
 
 PRETRAINED = "denoise"
@@ -34,7 +34,8 @@ def prepare_denoiser(movie: Movie, target: Path, clock: Clock) -> dict[str, Any]
     facts = {"movie": movie.stack.attributes.get("content_hash", ""), "training": adapted.record, "seed": options.seed}
     # Seconds and the like would make the file, hence its hash, depend on the day.
     sha256 = save_weights(adapted.network.cpu(), target, {**facts, "training": _repeatable(adapted.record)})
-    return {"network": options.network, "weights": "own", "sha256": sha256, "training": adapted.record}
+    network = architecture_of(adapted.network)
+    return {"network": network, "weights": "own", "sha256": sha256, "training": adapted.record}
 
 
 def _repeatable(record: dict[str, Any]) -> dict[str, Any]:

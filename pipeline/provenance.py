@@ -100,6 +100,10 @@ def _notes(found: Mapping[str, Mapping[str, Any]], stack: store.Stack, settings:
     adapted = found["adapt"].get("training") or {}
     if adapted.get("kept") == "initial":
         notes.append("adapting the denoiser to this movie did not help; the pretrained weights were used")
+    if adapted.get("kept") == "wiener":
+        notes.append(
+            "no network beat a Wiener filter on this movie by the risk measured on it; it was denoised by the filter"
+        )
     return notes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.networks.blindspot import BlindSpot, scale_of
 from pipeline.networks.weights import build
+from pipeline.networks.wiener import NeighbourWiener
 from pipeline.steps.denoise import (
     DenoisingNetwork,
     DType,
@@ -31,7 +33,8 @@ from pipeline.steps.denoise import (
 HOLD_SQUARE = 16
 HOLD_SHARE = 10
 RUN_LENGTH = 12
-CHECK_FRAMES = 12
+CHECK_FRAMES = 24
+SURE = 2.0
 SLOT_DROPOUT = 0.2
 END_DROPOUT = 0.1
 # The filter of the neighbours: its reach [px], and the smoothing of the spectrum [frequency steps of the frame].
@@ -129,12 +132,14 @@ def adapt(
     seed: int,
     dtype: DType,
 ) -> Adapted:
-    """Train a copy of `network` for `steps` steps on `sample` and keep the better of the two.
+    """Train a copy of `network` for `steps` steps on `sample`; keep the best of both and of a plain Wiener filter.
 
     The loss is the squared difference to the noisy frame in units of the noise: unbiased for counts and for frames with
     negative values alike, and, the network being blind, minimal for the expected image. One in ten squares of 16 px is
-    never a target; there the risk of both networks is compared (E(y - mu)² - variance estimates the error of a
-    blind estimate), and training that did not help is thrown away. `crop` [px], `batch` crops per step; Adam with a
+    never a target; there the risk of both networks and of a `NeighbourWiener` is compared (E(y - mu)² - variance
+    estimates the error of a blind estimate; the same pixels for all, so that their noise cancels). Training that did
+    not help is thrown away, and so is a network that does not beat the filter by more than chance: a movie of mere
+    noise, say, is left to the filter, which makes a constant of it. `crop` [px], `batch` crops per step; Adam with a
     learning rate that falls as a cosine. The same arguments give the same bits on one machine (one thread).
     """
     begin = time.perf_counter()
@@ -143,23 +148,39 @@ def adapt(
     held = _held_out(sample, seed=seed)
     usable = np.flatnonzero(sample.links.good)
     with one_thread():
-        before = _risk(network, sample, held, dtype=dtype)
+        before = _risks(network, sample, held, dtype=dtype)
         if len(usable) and steps:
             contexts = _contexts(trained, sample)
             batches = _Batches(sample, held, contexts, crop=crop, batch=batch, seed=seed)
             _train(trained, batches, steps=steps, learning_rate=learning_rate, dtype=dtype)
-        after = _risk(trained, sample, held, dtype=dtype)
-    kept = bool(np.isfinite(after) and (after < before or not np.isfinite(before)))
+        after = _risks(trained, sample, held, dtype=dtype)
+        plain = _wiener(trained)
+        filtered = np.full_like(before, np.nan) if plain is None else _risks(plain, sample, held, dtype=dtype)
+    gained = _mean(after) < _mean(before) or not np.isfinite(_mean(before))
+    kept = "adapted" if np.isfinite(_mean(after)) and gained else "initial"
+    if _no_worse(filtered, after if kept == "adapted" else before):
+        kept = "wiener"
+    chosen = {"adapted": trained, "initial": network, "wiener": plain}[kept]
     record = {
-        "initial_risk": before,
-        "final_risk": after,
-        "kept": "adapted" if kept else "initial",
+        "initial_risk": _mean(before),
+        "final_risk": _mean(after),
+        "wiener_risk": _mean(filtered),
+        "kept": kept,
         "steps": steps,
         "seconds": time.perf_counter() - begin,
         "sample_frames": len(sample.frames),
         "device": str(device),
     }
-    return Adapted((trained if kept else copy.deepcopy(network)).eval(), record)
+    return Adapted(copy.deepcopy(cast(nn.Module, chosen)).eval(), record)
+
+
+def _wiener(network: nn.Module) -> NeighbourWiener | None:
+    """The Wiener filter over the neighbours that a BlindSpot with context looks at; None for other networks."""
+    if not isinstance(network, BlindSpot) or not network.context_radius:
+        return None
+    plain = NeighbourWiener(frames=len(network.offsets), context=network.context_radius)
+    plain.kernel.copy_(network.kernel)
+    return plain.to(network.kernel.device)
 
 
 def _offsets(network: nn.Module) -> tuple[int, ...]:
@@ -312,14 +333,14 @@ def _train(network: nn.Module, batches: _Batches, *, steps: int, learning_rate: 
     network.eval()
 
 
-def _risk(network: nn.Module, sample: Sample, held: Tensor, *, dtype: DType) -> float:
-    """Estimated mean squared error over the squared mean, from pixels that were never a target."""
+def _risks(network: nn.Module, sample: Sample, held: Tensor, *, dtype: DType) -> NDArray[np.float64]:
+    """Estimated mean squared error over the squared mean, frame by frame, from pixels that were never a target."""
     frames, links, level = sample
-    device = next(network.parameters()).device
+    device = next(chain(network.parameters(), network.buffers())).device
     usable = np.flatnonzero(links.good)
     chosen = usable[np.unique(np.linspace(0, len(usable) - 1, CHECK_FRAMES).round().astype(int))] if len(usable) else []
     levels = torch.tensor(level, dtype=torch.float32, device=device)
-    total, count = 0.0, 0
+    risks = []
     with torch.inference_mode(), reduced_precision(str(device), dtype):
         for index in chosen:
             stack, valid = neighbour_stack(frames, int(index), offsets=_offsets(network), links=links, fill=level.mean)
@@ -332,6 +353,19 @@ def _risk(network: nn.Module, sample: Sample, held: Tensor, *, dtype: DType) -> 
             difference = (frames[index] - estimate)[use].double()
             readout = level.variance - level.mean
             # The noise of a count is estimated by the count itself; that of a difference of networks cancels.
-            total += float((difference**2 - frames[index][use].double() - readout).sum())
-            count += int(use.sum())
-    return total / count / level.mean**2 if count else float("nan")
+            if len(difference):
+                risks.append(float((difference**2 - frames[index][use].double() - readout).mean()) / level.mean**2)
+    return np.array(risks)
+
+
+def _mean(risks: NDArray[np.float64]) -> float:
+    return float(risks.mean()) if len(risks) else float("nan")
+
+
+def _no_worse(one: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
+    """Whether what has the risks `other` (frame,) does not beat `one` by SURE standard errors of their difference."""
+    if not len(one) or not np.isfinite(one).all():
+        return False
+    gain = one - other
+    chance = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
+    return bool(not np.isfinite(gain).all() or gain.mean() <= SURE * chance)

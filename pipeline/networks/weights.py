@@ -21,6 +21,7 @@ SHIPPED = Path(__file__).parent / "weights"
 ARCHITECTURES = {
     "blindspot": "pipeline.networks.blindspot:BlindSpot",
     "wcvd": "pipeline.networks.wcvd:WCVD",
+    "wiener": "pipeline.networks.wiener:NeighbourWiener",
     "msdnet": "pipeline.networks.msdnet:MSDNet",
     "unet": "pipeline.networks.unet:UNet",
     "encoder_decoder": "pipeline.networks.encoder_decoder:EncoderDecoder",

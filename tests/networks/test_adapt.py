@@ -6,6 +6,7 @@ import torch
 
 from pipeline.networks.adapt import Sample, adapt, plan_sample, training_sample, untrained, wiener_kernel, with_context
 from pipeline.networks.phantoms import phantom
+from pipeline.networks.wiener import NeighbourWiener
 from pipeline.steps.denoise import FrameLinks, Level, denoise, frame_context, measure_level, neighbour_stack
 
 CONFIG = {"frames": 5, "channels": 16, "dilations": [2]}
@@ -65,7 +66,8 @@ def test_the_record_says_what_was_done(adapted):
     assert not network.training
 
 
-def test_the_same_seed_gives_the_same_bits_and_leaves_the_start_alone(adapted):
+def test_the_same_seed_gives_the_same_bits_and_leaves_the_start_alone(adapted, monkeypatch):
+    monkeypatch.setattr("pipeline.networks.adapt._no_worse", lambda one, other: False)
     sample, _ = adapted
     start = untrained("blindspot", CONFIG, seed=3)
     before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
@@ -105,6 +107,29 @@ def test_adding_context_changes_no_estimate():
     assert np.array_equal(inferred(network, counts, links_of(5)), inferred(grown, counts, links_of(5)))
     again = with_context(grown, Sample(torch.from_numpy(counts), links_of(5), Level(1, 1)))
     assert again.config == grown.config
+
+
+@pytest.mark.parametrize("dose", [0.1, 1.0])
+def test_mere_noise_is_left_to_the_wiener_filter_which_makes_a_constant_of_it(dose):
+    counts = np.random.default_rng(5).poisson(dose, (12, 96, 96)).astype(np.float32)
+    sample = Sample(torch.from_numpy(counts), links_of(12), measure_level(counts, readout_variance=0))
+    network, record = adapt(untrained("blindspot", CONFIG, seed=0), sample, steps=60, **SETTINGS)
+    assert record["kept"] == "wiener" and isinstance(network, NeighbourWiener)
+    assert inferred(network, counts, links_of(12)).std() < 0.01 * dose
+
+
+def test_the_wiener_filter_is_blind_and_keeps_a_lattice(movie, adapted):
+    clean, counts, links = movie
+    network, record = adapted[1]
+    assert record["final_risk"] < record["wiener_risk"]
+    plain = NeighbourWiener(frames=5, context=network.context_radius)
+    plain.kernel.copy_(network.kernel)
+    found = inferred(plain, counts, links)
+    assert psnr(found, clean) > psnr(np.full_like(clean, counts.mean()), clean) + 1
+    level, changed = measure_level(counts, readout_variance=0), counts.copy()
+    changed[4] = 0
+    again = denoise(plain, changed, [4], links=links, level=level, tile=None, dtype="float32")
+    assert np.array_equal(again[0], found[4])
 
 
 def test_training_that_does_harm_is_thrown_away(adapted):
