@@ -25,8 +25,11 @@ def test_the_benchmark_runs_and_lists_every_rival(tmp_path):
     assert set(figures) == {"nanoparticle 1", "wse2 1"}
     expected = {"noisy", "Gaussian", "low-pass", "3-frame mean", "5-frame mean", "9-frame mean", "Wiener", "WCVD"}
     expected |= {"9-frame mean + Wiener", "total variation", "non-local means", "ours, pretrained", "ours, adapted"}
-    for table in figures.values():
-        assert expected <= set(table)
+    expected |= {"N2V, 1 frame", "N2V, 5 frames"}
+    for found in figures.values():
+        assert expected <= set(found)
+        assert all(entry["ssim"] <= 1 for entry in found.values())
+        table = {method: entry["psnr"] for method, entry in found.items()}
         assert table["Gaussian"] > table["noisy"]
         assert table["9-frame mean + Wiener"] > table["9-frame mean"] > table["noisy"]
     assert "over WCVD at its best" in done.stdout
