@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import shlex
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
 
 from pipeline.cli_models import models
+from pipeline.cli_run import Signals, logs, resumable, without_redo
 from schemas.errors import ColonnadeError, ResourceError, SettingsError
 
 app = typer.Typer(
@@ -33,7 +29,6 @@ console = Console(stderr=True, soft_wrap=True)
 out = Console(soft_wrap=True, highlight=False)
 
 DONE, BUG, USER, QUARANTINED, SITE = 0, 1, 2, 3, 4
-CLOSING_SECONDS = 30.0  # for workers to end after a stop; then the driver leaves, and they with it
 
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="a setting, section.key=value; may be repeated")]
 ClusterOption = Annotated[
@@ -96,77 +91,6 @@ def _job(sources: list[str], output: Path | None, overrides: list[str] | None) -
     return validate({**parse_overrides(changes), "movies": [{"source": absolute}], "output": str(output.resolve())})
 
 
-@contextmanager
-def _logs(folder: Path) -> Iterator[None]:
-    """``user.log`` holds what matters to the user, ``debug.log`` all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    logger, root = logging.getLogger("colonnade"), logging.getLogger()
-    form = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    handlers = [logging.FileHandler(folder / "user.log"), logging.FileHandler(folder / "debug.log")]
-    for handler, target, level in zip(handlers, (logger, root), (logging.INFO, logging.DEBUG), strict=True):
-        handler.setFormatter(form)
-        handler.setLevel(level)
-        target.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    try:
-        yield
-    finally:
-        for handler, target in zip(handlers, (logger, root), strict=True):
-            target.removeHandler(handler)
-            handler.close()
-
-
-class _Signals:
-    """First signal: stop after the tasks in flight, keeping what is done. Second signal: stop at once."""
-
-    def __init__(self) -> None:
-        self.stop = threading.Event()
-        self.number = 0
-
-    def __enter__(self) -> _Signals:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.stop.is_set():  # the process is ending; a second signal must find us, not its default action
-            return
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.stop.is_set():
-            os._exit(128 + number)
-        self.number = number
-        self.stop.set()
-
-
-def _without_redo(words: list[str]) -> list[str]:
-    """A command line without ``--redo STEP``: what was redone before the stop is not redone again."""
-    kept = [word for i, word in enumerate(words) if word != "--redo" and words[max(0, i - 1)] != "--redo"]
-    return [word for word in kept if not word.startswith("--redo=")]
-
-
-@contextmanager
-def _resumable(again: str, signals: _Signals) -> Iterator[None]:
-    """Say how to go on, before the workers are closed: that may take a while, and a user who stopped does not wait."""
-    from pipeline.graph import Stopped
-
-    try:
-        yield
-    except Stopped:
-        code = 128 + signals.number
-        console.print(f"stopped by signal {signals.number}; what is done is kept. To go on:", again, markup=False)
-        closing = threading.Timer(CLOSING_SECONDS, os._exit, (code,))
-        closing.daemon = True
-        closing.start()
-        raise typer.Exit(code) from None
-    except BaseException:
-        # The logs are closed when the error reaches `main`.
-        logging.getLogger("colonnade").debug("the run stopped", exc_info=True)
-        console.print("stopped; what is done is kept. To go on:", again, markup=False)
-        raise
-
-
 @app.command()
 def run(
     sources: SourcesArgument,
@@ -186,10 +110,10 @@ def run(
     if redo is not None and redo not in plan.STEPS:
         raise SettingsError(f"--redo {redo!r} is no step; expected one of: {', '.join(plan.STEPS)}")
     profile = load_profile(cluster)
-    again = shlex.join(_without_redo(sys.argv))
-    with _logs(job.output), _Signals() as signals:
+    again = shlex.join(without_redo(sys.argv))
+    with logs(job.output), Signals() as signals:
         logging.getLogger("colonnade").info("run: %s", shlex.join(sys.argv))
-        with connect(profile) as client, display(console) as progress, _resumable(again, signals):
+        with connect(profile) as client, display(console) as progress, resumable(again, signals, console):
             outcomes = run_job(
                 job, client=client, device=profile.device, redo=redo, progress=progress, stop=signals.stop
             )
@@ -280,7 +204,7 @@ def ingest(
         raise SettingsError("expected sources and a target: colonnade ingest SOURCE… STACK.zarr")
     target = Path(sources[-1])
     job = _job(sources[:-1], target.parent, [f"source.on_error={on_error}", *(overrides or [])])
-    with connect(load_profile(cluster)) as client, display(console) as progress, _Signals() as signals:
+    with connect(load_profile(cluster)) as client, display(console) as progress, Signals() as signals:
         try:
             lines, bad = ingest_all(job, target, client=client, progress=progress, stop=signals.stop)
         except Stopped:

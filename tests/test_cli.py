@@ -16,6 +16,7 @@ import pytest
 import tifffile
 
 from pipeline import cli, store
+from pipeline.cli_run import without_redo
 from pipeline.ledger import Lease
 from schemas.jobfile import load_job
 
@@ -121,10 +122,10 @@ def test_a_full_disk_is_the_sites(
 
 
 def test_redo_is_left_out_of_what_to_repeat() -> None:
-    assert cli._without_redo(["colonnade", "run", "process", "--redo", "process", "-o", "x"]) == [
+    assert without_redo(["colonnade", "run", "process", "--redo", "process", "-o", "x"]) == [
         "colonnade", "run", "process", "-o", "x",
     ]  # fmt: skip
-    assert cli._without_redo(["run", "--redo=drift", "a"]) == ["run", "a"]
+    assert without_redo(["run", "--redo=drift", "a"]) == ["run", "a"]
 
 
 # -------------------------------------------------------------------------------------------------- init, check, plan
