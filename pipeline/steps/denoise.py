@@ -119,9 +119,21 @@ def neighbourhood(
 
     The same frames, moved by the same whole pixels, that a network of these `offsets` looks at; see `neighbour_stack`.
     """
-    stack, valid = neighbour_stack(frames, index, offsets=offsets, links=links, fill=0.0)
-    depth = valid.sum(0).to(torch.float32)
-    return (stack.sum(0) / depth.clamp_min(1)).cpu().numpy(), depth.cpu().numpy()
+    total, depth = _added(torch.as_tensor(frames), index, offsets, links=links, level=0.0)
+    return (total / depth.clamp_min(1)).cpu().numpy(), depth.cpu().numpy()
+
+
+def _added(
+    frames: Tensor, index: int, offsets: Sequence[int], *, links: FrameLinks, level: float
+) -> tuple[Tensor, Tensor]:
+    """Sum (y, x) over neighbours of what exceeds `level`, and how many each pixel has; one at a time, for memory."""
+    total = torch.zeros(frames.shape[-2:], dtype=torch.float32, device=frames.device)
+    count = torch.zeros_like(total)
+    for offset in offsets:
+        stack, valid = neighbour_stack(frames, index, offsets=(offset,), links=links, fill=level)
+        total += stack[0] - level
+        count += valid[0]
+    return total, count
 
 
 def frame_context(
@@ -133,13 +145,8 @@ def frame_context(
     """
     if not network.context_radius:
         return None
-    total = torch.zeros(frames.shape[-2:], dtype=torch.float32, device=frames.device)
-    count = torch.zeros_like(total)
-    for offset in network.offsets:
-        if offset:
-            stack, valid = neighbour_stack(frames, index, offsets=(offset,), links=links, fill=level.mean)
-            total += stack[0] - level.mean
-            count += valid[0]
+    others = [offset for offset in network.offsets if offset]
+    total, count = _added(frames, index, others, links=links, level=level.mean)
     return _convolved(total / count.clamp_min(1), network.kernel)
 
 

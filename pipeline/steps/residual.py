@@ -42,17 +42,17 @@ def residual(
 
 def whiteness(standardised: NDArray[np.floating[Any]]) -> Whiteness:
     """Judge a residual (y, x) in units of the noise; NaN throughout for one that is not finite or zero."""
-    values = np.asarray(standardised, dtype=np.float64)
+    values = np.asarray(standardised, dtype=np.float32)
     height, width = values.shape
     if not np.isfinite(values).all() or not values.any() or min(height, width) <= 2 * REACH:
         return Whiteness(np.nan, np.nan, np.nan)
-    power, rest = float(np.mean(values**2)), values - values.mean()
-    variance = max(float(np.mean(rest**2)), 1e-300)
+    power, rest = float(np.mean(values**2, dtype=np.float64)), values - values.mean(dtype=np.float64).astype(np.float32)
+    variance = max(float(np.mean(rest**2, dtype=np.float64)), 1e-300)
     worst = 0.0
     for down in range(REACH + 1):
         for right in range(-REACH if down else 1, REACH + 1):
             one = rest[: height - down, max(0, -right) : width - max(0, right)]
             other = rest[down:, max(0, right) : width - max(0, -right)]
-            found = float(np.mean(one * other)) / variance
+            found = float(np.mean(one * other, dtype=np.float64)) / variance
             worst = found if abs(found) > abs(worst) else worst
     return Whiteness(power**0.5, worst, LIMIT / (height * width) ** 0.5)
