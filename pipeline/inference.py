@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from pipeline.models import finds_particles, network
+from pipeline.models import cutoff, finds_particles, network
 from pipeline.movie import Clock, Movie, device_text, saturation_of
 from pipeline.networks.weights import Loaded
 from pipeline.steps import denoise, detector, segment
@@ -98,9 +98,10 @@ def denoised(movie: Movie, frames: range, clock: Clock) -> Denoised:
                 cast(Any, loaded.module), electrons, wanted, links=links, level=movie.level,
                 tile=movie.settings.denoise.tile, dtype=movie.settings.denoise.dtype, device=movie.task.device,
             )  # fmt: skip
-    if place and movie.cutoff is not None:
+    limit = cutoff(movie.settings, energy=movie.stack.attributes.get("energy"))
+    if place and limit is not None:
         with clock("lowpass"):
-            out[place] = lowpass(out[place], cutoff=movie.cutoff, sampling=movie.stack.sampling)
+            out[place] = lowpass(out[place], cutoff=limit, sampling=movie.stack.sampling)
     return Denoised(frames.start, counts[own], electrons[own], out, name, electrons, own.start, links, offsets)
 
 

@@ -7,6 +7,7 @@ import hashlib
 
 from pipeline.networks.weights import Loaded, load_weights, resolve
 from pipeline.steps import segment, species
+from pipeline.steps.lowpass import information_limit
 from pipeline.steps.species import SpeciesModel
 from schemas.errors import SettingsError
 from schemas.settings import Particles, Segment, Settings
@@ -85,6 +86,16 @@ def classes_of(settings: Settings) -> tuple[str, ...]:
     if settings.species.model is not None:
         return species_network(settings.species.model, "cpu").classes
     return species.assign_species(0, only=settings.species.only).classes
+
+
+def cutoff(settings: Settings, *, energy: float | None) -> float | None:
+    """Cut-off of the low-pass after the denoiser [1/Å] in a movie of this beam energy [keV]; None: no filter."""
+    options = settings.lowpass
+    if options.cutoff != "information":
+        return options.cutoff
+    if energy is None or settings.source.mode != "hrtem":
+        return None
+    return information_limit(float(energy), focal_spread=options.focal_spread)
 
 
 def too_dim_for_species(settings: Settings, *, dose: float) -> float | None:

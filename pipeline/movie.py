@@ -19,7 +19,6 @@ from pipeline.ingest.reading import read_frames
 from pipeline.ingest.sources import discover
 from pipeline.parts import part_path, read_part
 from pipeline.steps import denoise, detector, drift, noise
-from pipeline.steps.lowpass import information_limit
 from schemas.errors import ResourceError, SettingsError
 from schemas.settings import Settings
 
@@ -112,16 +111,6 @@ class Movie:
         if self.level is None or self.model is None or not self.model.calibrated:
             return float("nan")
         return self.level.mean / self.stack.sampling**2
-
-    @property
-    def cutoff(self) -> float | None:
-        """Cut-off of the low-pass after the denoiser [1/Å]; None: no filter."""
-        options, energy = self.settings.lowpass, self.stack.attributes.get("energy")
-        if options.cutoff != "information":
-            return options.cutoff
-        if energy is None or self.settings.source.mode != "hrtem":
-            return None
-        return information_limit(float(energy), focal_spread=options.focal_spread)
 
     def counts(self, start: int, stop: int) -> np.ndarray:
         """Raw frames [start, stop), (time, y, x)."""

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import store
-from pipeline.models import finds_particles, particle_range, too_dim_for_species
+from pipeline.models import cutoff, finds_particles, particle_range, too_dim_for_species
 from pipeline.movie import Task
 from pipeline.parts import read_meta
-from pipeline.steps.lowpass import information_limit
 from schemas.settings import Settings
 
 
@@ -90,13 +89,12 @@ def _notes(found: Mapping[str, Mapping[str, Any]], stack: store.Stack, settings:
             + ("; the species model was given all planes, aligned" if settings.species.model is not None else "")
         )
     energy = stack.attributes.get("energy")
-    if settings.lowpass.cutoff == "information" and settings.source.mode == "hrtem" and energy is not None:
-        limit = information_limit(float(energy), focal_spread=settings.lowpass.focal_spread)
-        if limit < 0.5 / stack.sampling:
-            notes.append(
-                f"denoised frames hold nothing beyond {limit:.3g} 1/Å, the information limit at {energy:g} keV with a "
-                f"focal spread of {settings.lowpass.focal_spread:g} Å (lowpass.cutoff, lowpass.focal_spread)"
-            )
+    limit = cutoff(settings, energy=energy)
+    if settings.lowpass.cutoff == "information" and limit is not None and limit < 0.5 / stack.sampling:
+        notes.append(
+            f"denoised frames hold nothing beyond {limit:.3g} 1/Å, the information limit at {energy:g} keV with a "
+            f"focal spread of {settings.lowpass.focal_spread:g} Å (lowpass.cutoff, lowpass.focal_spread)"
+        )
     adapted = found["adapt"].get("training") or {}
     if adapted.get("kept") == "initial":
         notes.append("adapting the denoiser to this movie did not help; the pretrained weights were used")

@@ -30,7 +30,7 @@ COLUMNS = Schema(
         ),
         Variable(
             "supported", _ROW, "int8", DIMENSIONLESS,
-            "whether the counts alone support the column (columns.min_evidence)", attrs=flags_of(SUPPORTED),
+            "whether the counts support the column (columns.min_evidence)", attrs=flags_of(SUPPORTED),
         ),
         Variable(
             "roundness", _ROW, "float32", DIMENSIONLESS,

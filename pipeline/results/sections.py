@@ -89,11 +89,11 @@ def headline(
 
 
 def _evidence_facts(summary: ColumnSummary) -> list[tuple[str, float | str | None, str | None]]:
-    """The tile that says how many columns the counts alone bear out."""
+    """The tile that says how many columns the counts bear out."""
     if summary.supported is None or not summary.rows:
         return []
     share = f"{100 * summary.supported / summary.rows:.1f} %"
-    return [("supported", share, "of the columns, by the counts without the denoiser")]
+    return [("supported", share, "of the columns, by the counts at their places")]
 
 
 def _particle_facts(
