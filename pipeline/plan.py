@@ -34,7 +34,7 @@ STEPS: Mapping[str, tuple[int, str | None, tuple[str, ...]]] = {
     "drift": (1, "survey", ("drift.max_motion", "drift.cauchy")),
     "adapt": (1, "drift", ("denoise",)),
     "vote": (1, "adapt", ("segment.model", "segment.contrast", "source.mode", "lowpass")),
-    "process": (3, "vote", (
+    "process": (4, "vote", (
         "segment", "columns", "particles", "fourier.band", "fourier.significance", "species", "images.save")),
     "collect": (2, "process", ("images.examples", "fourier.threshold")),
 }  # fmt: skip

@@ -174,7 +174,7 @@ class Columns(Section):
         0.25, description="hrtem: least signal of a column as a part of that of the frame's strong columns"
     )
     min_roundness: Probability = Field(
-        0.75, description="least roundness of a column where a particle shows fringes, as it does off its zone"
+        0.6, description="least median roundness of columns near each other in a particle; below it they are fringes"
     )
     width: Positive = Field(0.5, description="standard deviation of a column's image in Å; a start if it is fitted")
     fit_width: bool = Field(True, description="fit one width per frame")

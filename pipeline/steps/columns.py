@@ -22,8 +22,7 @@ __all__ = ["Peaks", "evidence", "find_columns", "fringes", "inside", "refine", "
 
 STRONG = 0.9  # speckle may outnumber the columns of a small crystal several times over
 AT_ONCE = 1024  # columns whose surroundings are held at a time
-AROUND = 9  # columns, itself and the nearest, whose median roundness tells whether they lie on fringes
-FRINGES = 0.55  # on zone it is 0.9, in a real movie with some tilt or astigmatism 0.6 to 0.85, 8° off zone 0.2 to 0.45
+AROUND = 17  # peaks, itself and the nearest, whose median roundness tells whether they lie on fringes
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -179,18 +178,17 @@ def _derivatives(t: Floats) -> tuple[Floats, Floats, Floats]:
 def fringes(y: Floats, x: Floats, roundness: Floats, particle: Indices, *, least: float) -> Bools:
     """Which peaks (column,) are bright or dark spots on the fringes of a tilted crystal rather than columns.
 
-    particle: the particle that a peak lies in or beside, −1 for none. A peak is taken for a part of a fringe if its
-    roundness is below `least` and its neighbourhood in the particle is stretched: the median of the AROUND nearest is
-    below FRINGES. So a column on zone that an overlap or a vacancy stretches stays among round ones, and a round one
-    stays anywhere. Sheets, whose atoms noise may stretch, are in no particle.
+    particle: the particle that a peak lies in or beside, −1 for none. A peak is taken for a part of a fringe where the
+    median roundness of the AROUND nearest in its particle is below `least`: a round spot among stretched ones is where
+    two fringes meet as often as a column, and a column on zone that an overlap or a vacancy stretches stays among round
+    ones. Sheets, whose atoms noise may stretch, are in no particle.
     """
     found = np.zeros(len(y), bool)
     for index in np.unique(particle[particle >= 0]):
         mine = np.flatnonzero(particle == index)
         places = np.column_stack([y[mine], x[mine]])
         near = cKDTree(places).query(places, k=min(AROUND, len(mine)))[1].reshape(len(mine), -1)
-        typical = np.median(roundness[mine][near], axis=1)
-        found[mine] = (roundness[mine] < least) & (typical < FRINGES)
+        found[mine] = np.median(roundness[mine][near], axis=1) < least
     return found
 
 
@@ -208,7 +206,7 @@ def reported(
 
     columns: the result of `refine`, their `roundness`, and `beside`, the particle in which they lie (see `fringes`). A
     column is reported if it lies at least margin [px] inside the field of view, its significance [1] reaches
-    min_significance, it is no fringe of less than min_roundness [1], its significance reaches the part min_relative [1]
+    min_significance, it is no part of a fringe (`fringes` with min_roundness [1]), its significance reaches the part min_relative [1]
     of what STRONG of the columns that are left stay below (speckle of a support is weaker), and no more significant
     column that passes all that ended up within half of min_distance [px] of it (two starts that ran to one peak).
     """
