@@ -15,7 +15,7 @@ from pipeline.ingest.describe import SourceOverrides, describe
 from pipeline.ingest.reading import read_frames
 from pipeline.ingest.sources import discover
 from pipeline.steps.mtf import DetectorFit, fit_dark, fit_detector, noise_power, transfer
-from pipeline.steps.vacuum import Level, Region, find_vacuum, noise_spectra
+from pipeline.steps.vacuum import Level, Region, find_vacuum, noise_spectra, third_moments
 from schemas.errors import SettingsError
 
 TOLERANCE = 0.2  # by which the slope of vacuum's spectrum may be off that of the flattest squares
@@ -78,7 +78,9 @@ def fit_camera(
             if chosen
         ]
     levels = noise_spectra(frames, regions, tile=tile)
-    fit = fit_detector(levels, offset=offset, readout=readout, rounding=rounding)
+    brightest = max(levels, key=lambda level: level.mean)
+    third = third_moments(frames, regions, tile=tile, level=brightest) if readout is None else None
+    fit = fit_detector(levels, offset=offset, readout=readout, rounding=rounding, third=third)
     fit = fit._replace(notes=(*notes, *fit.notes))
     return Camera(fit, levels, regions, frames.mean(0), rounding, source, len(frames))
 

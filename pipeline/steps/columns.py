@@ -206,9 +206,10 @@ def reported(
 
     columns: the result of `refine`, their `roundness`, and `beside`, the particle in which they lie (see `fringes`). A
     column is reported if it lies at least margin [px] inside the field of view, its significance [1] reaches
-    min_significance, it is no part of a fringe (`fringes` with min_roundness [1]), its significance reaches the part min_relative [1]
-    of what STRONG of the columns that are left stay below (speckle of a support is weaker), and no more significant
-    column that passes all that ended up within half of min_distance [px] of it (two starts that ran to one peak).
+    min_significance, it is no part of a fringe (`fringes` with min_roundness [1]), its significance reaches the part
+    min_relative [1] of what STRONG of the columns that are left stay below (speckle of a support is weaker), and no
+    more significant column that passes all that ended up within half of min_distance [px] of it (two starts that ran to
+    one peak).
     """
     y, x, significance = columns["y"], columns["x"], columns["significance"]
     chosen = np.flatnonzero(inside(y, x, shape=shape, margin=margin) & (significance >= min_significance))

@@ -8,6 +8,9 @@ k = 0: the c0 of the usual form (c0 − c1) / (1 + (k / 2 c2)^|c3|) + c1 cannot 
 An electron that leaves now more, now less light makes more noise, so g includes 1 + (relative rms of that light)².
 What noise gives is strictly the noise transfer function: the MTF as far as all electrons leave the same light, and
 above it where they do not. Form of Madsen et al., arXiv 1802.03008.
+
+A plateau c1 and readout noise look alike in the spectrum. The third moments of the noise part them: those of electrons
+are blurred like their spectrum, those of a symmetric readout noise vanish (`vacuum.third_moments`).
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import least_squares
 
-from pipeline.steps.vacuum import Level
+from pipeline.steps.vacuum import Level, Third, expected_third
 from schemas.errors import SourceError
 
 Floats = NDArray[np.float64]
@@ -81,22 +84,34 @@ def noise_power(k: ArrayLike, fit: DetectorFit, signal: float, *, rounding: floa
     return np.asarray(shot * transfer(k, fit.mtf) ** 2 + fit.readout**2 + rounding)
 
 
-def fit_detector(levels: list[Level], *, offset: float | None, readout: float | None, rounding: float) -> DetectorFit:
+def fit_detector(
+    levels: list[Level],
+    *,
+    offset: float | None,
+    readout: float | None,
+    rounding: float,
+    third: Third | None = None,
+) -> DetectorFit:
     """Fit MTF and noise to spectra of vacuum at one or several levels of brightness.
 
     offset [counts] and readout [counts rms] are believed where they are given (from frames without beam, say). Without,
-    readout is fitted as the white part of the noise, and offset too if levels differ enough to tell it, else it is
-    taken as 0. rounding: variance that rounding to whole counts adds [counts²], 1/12 or 0. Weighted least squares of
-    the spectra's rings, whose relative errors are known, from several starts.
+    readout is fitted as the white part of the noise that `third` does not see, and offset too if levels differ enough
+    to tell it, else it is taken as 0. rounding: variance that rounding to whole counts adds [counts²], 1/12 or 0.
+    Weighted least squares of the spectra's rings, whose relative errors are known, from several starts, and then of the
+    third moments too, of unknown strength.
     """
     given = np.full(6, np.nan)  # what is not fitted, in the order of _Solution.values
     given[4] = np.nan if readout is None else readout**2 + rounding
     given[5] = offset if offset is not None else np.nan if len(levels) > 1 else 0.0
-    best = _solve(levels, given)
+    third = third if readout is None else None
+    notes = []
+    best = _solve(levels, given, third)
     if not best.errors[5] < 0.1 * max(level.mean for level in levels) and offset is None:
         given[5] = 0.0
-        best = _solve(levels, given)
-    notes = []
+        best = _solve(levels, given, third)
+    if third is not None and np.square(_skew(best.values, third)).mean() > POOR:
+        notes.append("third moments are not those of electrons that a camera blurs; they are left aside")
+        third, best = None, _solve(levels, given)
     misfit = _misfit(best.values, levels)
     if best.chi2 > POOR * best.freedom and misfit > MISFIT:
         notes.append(
@@ -107,7 +122,7 @@ def fit_detector(levels: list[Level], *, offset: float | None, readout: float | 
         notes.append("the reading without beam cannot be known from one brightness; taken as 0 (give offset or dark)")
     white = given.copy()
     white[1:5] = 1.0, 0.0, 0.0, 0.0 if readout is None else given[4]
-    flat = _solve(levels, white)
+    flat = _solve(levels, white, third)
     if flat.chi2 - best.chi2 < BLURRED * max(best.chi2 / best.freedom, 1.0):
         notes.append("the noise is white: the camera counts electrons, or blurs before it counts; vacuum shows no MTF")
         if readout is None:
@@ -117,7 +132,7 @@ def fit_detector(levels: list[Level], *, offset: float | None, readout: float | 
     if best.errors[1] > HOPELESS:
         notes.append(f"c1 is not seen (± {best.errors[1]:.2g}) and is taken as 0, which the other errors presuppose")
         given[1] = 0.0
-        best = _solve(levels, given)
+        best = _solve(levels, given, third)
     elif best.values[1] < TELLING * best.errors[1]:
         notes.append(f"c1 cannot be told from 0 (below {best.values[1] + 2 * best.errors[1]:.2g} at 95 %)")
     elif readout is None and best.errors[1] > BLUNT * best.values[1]:
@@ -149,9 +164,21 @@ def _result(levels: list[Level], found: _Solution, rounding: float, notes: list[
 
 
 def _model(values: Floats, level: Level) -> Floats:
-    gain, plateau, c2, c3, white, offset = values
-    mtf = (1 - plateau) / (1 + (level.k / (2 * np.exp(c2))) ** np.exp(c3)) + plateau
-    return np.asarray(np.maximum(gain * (level.mean - offset) * mtf**2 + white, 1e-12), np.float64)
+    gain, white, offset = values[[0, 4, 5]]
+    return np.asarray(np.maximum(gain * (level.mean - offset) * _mtf(values, level.k) ** 2 + white, 1e-12), np.float64)
+
+
+def _mtf(values: Floats, k: Floats) -> Floats:
+    plateau, c2, c3 = values[1:4]
+    return np.asarray((1 - plateau) / (1 + (k / (2 * np.exp(c2))) ** np.exp(c3)) + plateau)
+
+
+def _skew(values: Floats, third: Third) -> Floats:
+    """Third moments less those expected, of the factor that fits best, in standard errors (pair,)."""
+    size = third.low.shape[0]
+    k = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
+    found, expected = third.moment / third.error, expected_third(third, _mtf(values, k)) / third.error
+    return np.asarray(found - expected * (found @ expected) / max(float(expected @ expected), 1e-300))
 
 
 def _misfit(values: Floats, levels: list[Level]) -> float:
@@ -175,8 +202,8 @@ def _deviance(values: Floats, levels: list[Level]) -> Floats:
     return np.concatenate(out)
 
 
-def _solve(levels: list[Level], given: Floats) -> _Solution:
-    """The most likely values where `given` is NaN, from several starts of c2."""
+def _solve(levels: list[Level], given: Floats, third: Third | None = None) -> _Solution:
+    """The most likely values where `given` is NaN, from several starts of c2; third moments only end the search."""
     brightest, darkest = max(level.mean for level in levels), min(level.mean for level in levels)
     floor, top = (pick(float(pick(level.power)) for level in levels) for pick in (min, max))
     scale = np.array([top / brightest, 0.1, 0.3, 0.3, floor, 0.1 * brightest])
@@ -187,12 +214,18 @@ def _solve(levels: list[Level], given: Floats) -> _Solution:
     def residuals(part: Floats) -> Floats:
         return _deviance(_filled(given, part), levels)
 
+    def all_residuals(part: Floats) -> Floats:
+        skew = np.zeros(0) if third is None else _skew(_filled(given, part), third) / RING_SCATTER**0.5
+        return np.append(residuals(part), skew)
+
     found = []
     for c2 in STARTS if free[2] else STARTS[:1]:
         start[2] = np.log(c2)
         begin = np.clip(start[free], low, high)
         found.append(least_squares(residuals, begin, bounds=(low, high), x_scale=scale[free], xtol=1e-12))
     best = min(found, key=lambda one: float(one.cost))
+    if third is not None:
+        best = least_squares(all_residuals, best.x, bounds=(low, high), x_scale=scale[free], xtol=1e-9)
     freedom = max(best.fun.size - int(free.sum()), 1)
     chi2 = RING_SCATTER * 2 * float(best.cost)
     jacobian = best.jac * scale[free]

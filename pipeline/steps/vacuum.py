@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ LOWEST_ALONE = 6.0  # of a single frame, in which halos of the specimen cannot b
 MOST_LEVELS = 4
 MOST_UNLIKE = 0.4  # part of the usual brightness by which vacuum may differ within the frame
 SPIKE = 8.0  # standard deviations at which X-rays and hot pixels are cut off
+BANDS, TAPER, MOST_CUBES = 8, 12, 4096  # of third moments: rings, edge of their window [px], squares that are looked at
 LEVEL_SPREAD = 0.2  # means that differ by more than this part are told apart as levels
 # Tiles under a Hann window that overlap by half, in both directions: variance of their mean power against that of
 # independent tiles (1 + 4/36 + 4/1296), and bins of one ring that are as good as one (the window's bandwidth, squared).
@@ -48,6 +50,17 @@ class Level(NamedTuple):
     k: Floats
     power: Floats
     values: Floats
+
+
+class Third(NamedTuple):
+    """Third moments of the noise: mean over pixels of a low-passed square times the same square in two rings of
+    frequencies, per skewness of one pixel's worth of electrons if the filters, low (ky, kx ≥ 0) and bands (band, ky,
+    kx ≥ 0), passed all: moment, error (pair,) [counts³], for all pairs of bands, the first not above the second."""
+
+    moment: Floats
+    error: Floats
+    low: Floats
+    bands: Floats
 
 
 def find_vacuum(frames: NDArray[np.floating], *, tile: int, tolerance: float) -> Tiles:
@@ -137,6 +150,47 @@ def noise_spectra(frames: NDArray[np.floating], regions: list[Region], *, tile: 
     return [_rings(t / n, n / overlaps, b / n, lowest) for t, n, b in zip(total, number, brightness, strict=True) if n]
 
 
+def third_moments(frames: NDArray[np.floating], regions: list[Region], *, tile: int, level: Level) -> Third | None:
+    """Third moments of the noise in regions of frames (time, y, x) [counts]; None of fewer than three frames.
+
+    Electrons arrive at random and make a skew noise, readout noise is symmetric: where by chance more electrons
+    arrived, the fine noise of the electrons is stronger and that of the readout is not. level: a spectrum from
+    `noise_spectra`, which says where noise is blurred least. Squares of `tile` px do not overlap.
+    """
+    places: list[tuple[int, int]] = []
+    for place in sorted({place for region in regions for place in _squares(region, tile, frames.shape[1:])}):
+        if all(max(abs(place[0] - other[0]), abs(place[1] - other[1])) >= tile for other in places):
+            places.append(place)
+    places = places[:: -(-len(places) * len(frames) // MOST_CUBES)]
+    if len(frames) < 3 or not places:
+        return None
+    k, usable = _frequencies(tile), _off_axes(tile, LOWEST / tile)
+    counted = np.maximum(level.power - level.power.min(), 0) ** 0.5 / level.power
+    low = np.where(usable, np.interp(k, level.k, counted), 0.0)
+    edges = np.linspace(LOWEST / tile, np.hypot(0.5, 0.5), BANDS + 1)
+    bands = np.stack([usable & (k >= a) & (k < b) for a, b in pairwise(edges)]).astype(np.float64)
+    rise = np.sin(np.pi / 2 * np.minimum((np.arange(tile) + 0.5) / TAPER, 1)) ** 2
+    window = np.outer(rise * rise[::-1], rise * rise[::-1])
+    found = []
+    for top, left in places:
+        for residual in _residuals(frames[:, top : top + tile, left : left + tile].astype(np.float64)):
+            found.append(_cubes(np.fft.rfft2(_clipped(residual) * window), low, bands) / (window**3).sum())
+    moments = np.array(found)
+    return Third(moments.mean(0), moments.std(0) / len(moments) ** 0.5, low, bands)
+
+
+def expected_third(third: Third, transfer: Floats) -> Floats:
+    """Third moments (pair,) of electrons that a camera of this transfer (ky, kx ≥ 0) blurs, up to one factor."""
+    return _cubes(transfer, third.low, third.bands)
+
+
+def _cubes(spectrum: Floats | NDArray[np.complex128], low: Floats, bands: Floats) -> Floats:
+    """Sums over pixels of what `low` passes times what two of the bands pass, for all pairs of bands."""
+    fine = np.fft.irfft2(spectrum * bands).reshape(len(bands), -1)
+    products = (fine * np.fft.irfft2(spectrum * low).ravel()) @ fine.T
+    return np.asarray(products[np.triu_indices(len(bands))])
+
+
 def _residuals(squares: Floats) -> Floats:
     """Squares (time, y, x) of like brightness without what stands still, so scaled that the noise keeps its power."""
     count, tile = squares.shape[:2]
@@ -157,6 +211,12 @@ def _clipped(residual: Floats) -> Floats:
 
 def _frequencies(tile: int) -> Floats:
     return np.asarray(np.hypot(np.fft.fftfreq(tile)[:, None], np.fft.rfftfreq(tile)))
+
+
+def _off_axes(tile: int, lowest: float) -> Bools:
+    """Frequencies from `lowest` [cycles/px] on, without rows and columns, which are read out together."""
+    ky, kx = np.abs(np.fft.fftfreq(tile))[:, None], np.fft.rfftfreq(tile)
+    return np.asarray((_frequencies(tile) >= lowest) & (ky > 1.5 / tile) & (kx > 1.5 / tile) & (kx < 0.5))
 
 
 def _periodogram(square: Floats) -> Floats:
@@ -186,8 +246,7 @@ def _rings(power: Floats, squares: float, mean: float, lowest: float) -> Level:
     tile = len(power)
     k = _frequencies(tile)
     ring = np.rint(k * tile).astype(np.intp)
-    ky, kx = np.abs(np.fft.fftfreq(tile))[:, None], np.fft.rfftfreq(tile)
-    usable = (k >= lowest) & (ky > 1.5 / tile) & (kx > 1.5 / tile) & (kx < 0.5)
+    usable = _off_axes(tile, lowest)
     for _ in range(2):
         number = np.bincount(ring[usable], minlength=ring.max() + 1)
         level = np.bincount(ring[usable], power[usable], ring.max() + 1) / np.maximum(number, 1)

@@ -7,7 +7,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from pipeline.steps.mtf import fit_dark, fit_detector, noise_power, transfer
-from pipeline.steps.vacuum import Level, find_vacuum, noise_spectra
+from pipeline.steps.vacuum import Level, expected_third, find_vacuum, noise_spectra, third_moments
 from schemas.errors import SourceError
 
 MTF = (1.0, 0.08, 0.12, 2.5)
@@ -33,6 +33,12 @@ def fitted(frames, **given):
     side = frames.shape[1]
     levels = noise_spectra(frames, [(0, 0, side, side)], tile=64)
     return fit_detector(levels, **{"offset": None, "readout": None, "rounding": ROUNDING, **given})
+
+
+def skewness(frames):
+    region = (0, 0, frames.shape[1], frames.shape[1])
+    level = noise_spectra(frames, [region], tile=64)[0]
+    return third_moments(frames, [region], tile=64, level=level)
 
 
 def test_transfer_is_one_at_zero_and_has_the_stated_form():
@@ -76,6 +82,37 @@ def test_readout_noise_is_fitted_where_it_is_not_given():
     assert fit.mtf[1] == pytest.approx(0.08, abs=4 * fit.mtf_errors[1])
     assert any("entangled" in note or "c1 cannot" in note for note in fit.notes)
     assert any("reading without beam" in note for note in fit.notes)
+
+
+def test_third_moments_are_those_of_blurred_electrons_and_none_of_readout_noise():
+    third = skewness(scintillator(16, 256))
+    k = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.rfftfreq(64))
+    expected = 4.0**2 * 100.0 * expected_third(third, transfer(k, MTF))  # g³ of each of S / g electrons
+    # Of noise less its mean over n frames, (1 − 1 / n) (1 − 2 / n) is left, and the power was scaled by n / (n − 1).
+    pulls = (third.moment - expected * (15 * 14 / 16**2) * (16 / 15) ** 1.5) / third.error
+    assert np.mean(pulls**2) < 2
+    assert np.max(third.moment / third.error) > 10
+    symmetric = 100 + np.random.default_rng(2).normal(0, 20, (8, 256, 256))
+    silent = skewness(gaussian_filter(symmetric, (0, 1, 1)))
+    assert np.mean((silent.moment / silent.error) ** 2) < 2
+    assert skewness(scintillator(2, 128)) is None
+
+
+def test_third_moments_part_the_plateau_from_readout_noise():
+    frames = scintillator(24, 256, mtf=(1.0, 0.1, 0.12, 2.5), seed=4)
+    alone, both = fitted(frames), fitted(frames, third=skewness(frames))
+    assert both.mtf_errors[1] < 0.7 * alone.mtf_errors[1]
+    assert both.mtf[1] == pytest.approx(0.1, abs=3 * both.mtf_errors[1])
+    assert both.readout == pytest.approx(3.0, abs=3 * both.readout_error)
+
+
+def test_third_moments_of_something_else_are_left_aside():
+    frames = scintillator(16, 256)
+    third = skewness(frames)
+    odd = third._replace(moment=third.moment * np.where(np.arange(len(third.moment)) % 2, 1, -1))
+    fit = fitted(frames, third=odd)
+    assert any("third moments" in note for note in fit.notes)
+    assert fit.mtf == fitted(frames).mtf
 
 
 def test_a_plateau_that_cannot_be_seen_is_left_out_and_said_so():
