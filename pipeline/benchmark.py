@@ -46,14 +46,26 @@ def _best(function: Callable[[], None], repeats: int = 5) -> float:
     return min(times)
 
 
+def matmul_rates(device: str) -> dict[str, float]:
+    """Matrix products [GFLOP/s] of a device, on a CPU with one thread, in float32 and bfloat16."""
+    torch.set_num_threads(1)
+    n = 1024 if device == "cpu" else 8192
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+
+        def product(a: torch.Tensor = a, b: torch.Tensor = b) -> None:
+            _ = a @ b
+            if device != "cpu":
+                torch.cuda.synchronize()
+
+        rates[str(dtype).removeprefix("torch.")] = 2 * n**3 / _best(product) / 1e9
+    return rates
+
+
 def measure_ceilings(folder: Path) -> Ceilings:
     """Measure what no program on this machine can exceed."""
-    torch.set_num_threads(1)
-    n = 1024
-    rates = []
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-        rates.append(2 * n**3 / _best(lambda a=a, b=b: a @ b) / 1e9)  # type: ignore[misc]
+    rates = list(matmul_rates("cpu").values())
     source = np.ones(2**25, dtype=np.float32)
     target = np.empty_like(source)
     copy = 2 * source.nbytes / _best(lambda: np.copyto(target, source)) / 1e9

@@ -1,4 +1,4 @@
-"""How fast the segmentation networks are, against a plain implementation of the same and against a U-Net."""
+"""How fast networks are: those that segment beside plain ones and a U-Net, denoisers beside the machine's limits."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.networks.adapt import untrained
+from pipeline.networks.blindspot import TIERS
 from pipeline.networks.encoder_decoder import EncoderDecoder
 from pipeline.networks.msdnet import MSDNet
 from pipeline.networks.unet import UNet
-from pipeline.networks.weights import SHIPPED, load_weights
+from pipeline.networks.weights import SHIPPED, denoiser_of, load_weights
+from pipeline.prepare import WCVD_RELEASED
+from pipeline.steps.denoise import DType, FrameLinks, denoise, has_bfloat16, measure_level
+from schemas.settings import Denoise
 
 UNET = "U-Net 16-32-64"
 
@@ -84,6 +90,36 @@ def measure(edge: int, *, threads: int, device: str, repeats: int) -> Iterator[S
             yield Speed(name, device, parameters, network.macs_per_pixel, seconds, plain, difference)
 
 
+@dataclass(frozen=True)
+class DenoiserSpeed:
+    """Seconds for one frame, neighbours and all, and multiplications of the network for a pixel."""
+
+    name: str
+    dtype: str
+    macs_per_pixel: float
+    seconds: float
+
+
+def measure_denoisers(edge: int, *, device: str, repeats: int) -> Iterator[DenoiserSpeed]:
+    """Every tier and WCVD on the middle one of seven frames of `edge` × `edge` px, one thread, tiles as by default."""
+    options = Denoise()
+    frames = np.random.default_rng(0).poisson(1.0, (7, edge, edge)).astype(np.float32)
+    links = FrameLinks(np.zeros((7, 2), np.int64), np.ones(7, bool), np.zeros(7, np.int64))
+    level = measure_level(frames, readout_variance=0.0)
+    kept = torch.from_numpy(frames).to(device)
+    found: dict[str, Any] = {tier: load_weights(denoiser_of(tier)).module for tier in TIERS}
+    found["WCVD"] = untrained("wcvd", WCVD_RELEASED, seed=0)
+    for name, network in found.items():
+        dtypes: tuple[DType, ...] = ("float32", "bfloat16") if has_bfloat16(device) else ("float32",)
+        for dtype in dtypes:
+            run = partial(
+                denoise, network.to(device).eval(), kept, [3], links=links, level=level, tile=options.tile, dtype=dtype,
+                device=device,
+            )  # fmt: skip
+            run()
+            yield DenoiserSpeed(name, dtype, network.macs_per_pixel, _shortest(run, device, repeats))
+
+
 def _lively(network: nn.Module) -> nn.Module:
     """An untrained network whose last layer is all zero, made to say something."""
     last: Any = network.last
@@ -92,7 +128,7 @@ def _lively(network: nn.Module) -> nn.Module:
     return network
 
 
-def _shortest(function: Callable[[], Tensor], device: str, repeats: int) -> float:
+def _shortest(function: Callable[[], object], device: str, repeats: int) -> float:
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()

@@ -111,7 +111,7 @@ def mtf(
 
 @models.command()
 def train(
-    what: Annotated[str, typer.Argument(help="columns, particles, species or denoise")],
+    what: Annotated[str, typer.Argument(help="columns, particles, species, denoise, denoise-medium or denoise-small")],
     spec: Annotated[
         Path | None, typer.Argument(help="YAML file of the training; default: that of the shipped weights")
     ] = None,
@@ -128,7 +128,7 @@ def train(
     def report(line: str) -> None:
         out.print(line, markup=False)
 
-    if what == "denoise":
+    if what.startswith("denoise"):
         digest = train_weights(what, output, steps=steps, report=report)
     elif output is None:
         raise SettingsError(f"no file for the weights of {what}; name it with -o FILE.safetensors")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 
-from pipeline.networks.weights import Loaded, load_weights, resolve
+from pipeline.networks.weights import Loaded, denoiser_of, load_weights, resolve
 from pipeline.steps import segment, species
-from pipeline.steps.lowpass import information_limit
+from pipeline.steps.lowpass import ROLL_OFF, information_limit
 from pipeline.steps.species import SpeciesModel
 from schemas.errors import SettingsError
 from schemas.settings import Particles, Segment, Settings
@@ -40,8 +40,9 @@ def hashes(settings: Settings) -> dict[str, str]:
     found = {}
     denoise = settings.denoise
     if denoise.network == "blindspot":
-        # Training from scratch takes the architecture, hence the file, from the shipped weights too.
-        found["adapt"] = weights_hash("denoise" if denoise.weights in TRAINED_HERE else denoise.weights)
+        if denoise.weights != "scratch":
+            shipped = denoise.weights in TRAINED_HERE
+            found["adapt"] = weights_hash(denoiser_of(denoise.tier) if shipped else denoise.weights)
     elif denoise.network == "wcvd" and denoise.weights not in TRAINED_HERE:
         found["adapt"] = weights_hash(denoise.weights)
     found["vote"] = weights_hash(settings.segment.model)
@@ -89,13 +90,16 @@ def classes_of(settings: Settings) -> tuple[str, ...]:
 
 
 def cutoff(settings: Settings, *, energy: float | None) -> float | None:
-    """Cut-off of the low-pass after the denoiser [1/Å] in a movie of this beam energy [keV]; None: no filter."""
+    """Cut-off of the low-pass after the denoiser [1/Å] in a movie of this beam energy [keV]; None: no filter.
+
+    By the information limit, nothing below that limit is damped.
+    """
     options = settings.lowpass
     if options.cutoff != "information":
         return options.cutoff
     if energy is None or settings.source.mode != "hrtem":
         return None
-    return information_limit(float(energy), focal_spread=options.focal_spread)
+    return information_limit(float(energy), focal_spread=options.focal_spread) / (1 - ROLL_OFF)
 
 
 def too_dim_for_species(settings: Settings, *, dose: float) -> float | None:

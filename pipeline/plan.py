@@ -20,6 +20,7 @@ import numpy as np
 from pipeline.ledger import Ledger
 from pipeline.measure import SPECTRUM_EDGE
 from pipeline.models import TRAINED_HERE, hashes, network
+from pipeline.networks.weights import denoiser_of
 from pipeline.parts import part_path, read_meta
 from pipeline.steps.denoise import frame_runs
 from schemas.errors import ResourceError, SettingsError
@@ -32,7 +33,7 @@ STEPS: Mapping[str, tuple[int, str | None, tuple[str, ...]]] = {
         f"drift.{name}" for name in ("correct", "band", "taper", "change", "limit")))),
     "survey": (1, "calibrate", ("drift.lags", "drift.candidates", "drift.max_shift", "drift.defocus_shift")),
     "drift": (1, "survey", ("drift.max_motion", "drift.cauchy")),
-    "adapt": (1, "drift", ("denoise",)),
+    "adapt": (2, "drift", ("denoise",)),
     "vote": (1, "adapt", ("segment.model", "segment.contrast", "source.mode", "lowpass")),
     "process": (4, "vote", (
         "segment", "columns", "particles", "fourier.band", "fourier.significance", "species", "images.save")),
@@ -280,5 +281,5 @@ def denoiser_halo(settings: Settings) -> int:
     if settings.denoise.network == "wcvd":
         return 1
     named = settings.denoise.weights
-    denoiser: Any = network("denoise" if named in TRAINED_HERE else named, "cpu").module
+    denoiser: Any = network(denoiser_of(settings.denoise.tier) if named in TRAINED_HERE else named, "cpu").module
     return max(abs(k) for k in denoiser.offsets)

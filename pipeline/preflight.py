@@ -29,8 +29,7 @@ from pipeline.ingest.to_stack import (
 from pipeline.job import PlannedMovie, Progress, movies_of, overrides_of
 from pipeline.layout import stack_layout
 from pipeline.ledger import Lease, Ledger
-from pipeline.networks.weights import load_weights
-from pipeline.prepare import PRETRAINED
+from pipeline.networks.weights import denoiser_of, load_weights
 from pipeline.steps import denoise, segment
 from schemas.errors import ColonnadeError, ResourceError, SettingsError, SourceError
 from schemas.settings import Job, Settings
@@ -176,7 +175,7 @@ def trial(settings: Settings) -> dict[str, float]:
     edge = TRIAL_EDGE
     frames = np.random.default_rng(0).poisson(5.0, (7, edge, edge)).astype(np.float32)
     links = denoise.FrameLinks(np.zeros((7, 2), np.int64), np.ones(7, bool), np.zeros(7, np.int64))
-    network: Any = load_weights(PRETRAINED).module
+    network: Any = load_weights(denoiser_of(settings.denoise.tier)).module
     columns = load_weights(settings.segment.model)
     torch.set_num_threads(1)
     seconds = []

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.models import TRAINED_HERE
 from pipeline.movie import Clock, Movie
 from pipeline.networks import adapt
-from pipeline.networks.weights import architecture_of, load_weights, resolve, save_weights
+from pipeline.networks.blindspot import TIERS
+from pipeline.networks.weights import architecture_of, denoiser_of, load_weights, resolve, save_weights
 from pipeline.steps import denoise, drift
+from schemas.settings import Denoise
 
-PRETRAINED = "denoise"
 WCVD_RELEASED = {"kernels": [3, 5, 7], "layers": 4, "channels": 3}
 
 
@@ -21,15 +23,16 @@ def prepare_denoiser(movie: Movie, target: Path, clock: Clock) -> dict[str, Any]
     """Write the movie's weights to ``target`` if they are its own; what they are, for the record.
 
     ``weights`` in the result is "own" (the file ``target``), a name or path (used as it is), or None (no denoising).
+    Networks that are told the filtered neighbours need a filter of this movie's, hence a file of its own.
     """
     options = movie.settings.denoise
     if options.network == "none" or movie.good is None or not movie.good.any():
         return {"network": "none", "weights": None, "sha256": ""}
-    trains = options.weights in ("adapt", "scratch") or (options.network == "wcvd" and options.weights == "pretrained")
-    if not trains:
-        name = PRETRAINED if options.weights == "pretrained" else options.weights
-        loaded = load_weights(name)
-        return {"network": str(loaded.metadata["architecture"]), "weights": str(resolve(name)), "sha256": loaded.sha256}
+    if options.weights not in TRAINED_HERE:
+        loaded = load_weights(options.weights)
+        if not getattr(loaded.module, "context_radius", 0) or "movie" in loaded.metadata:
+            network = str(loaded.metadata["architecture"])
+            return {"network": network, "weights": str(resolve(options.weights)), "sha256": loaded.sha256}
     adapted = _train(movie, clock)
     facts = {"movie": movie.stack.attributes.get("content_hash", ""), "training": adapted.record, "seed": options.seed}
     # Seconds and the like would make the file, hence its hash, depend on the day.
@@ -44,18 +47,21 @@ def _repeatable(record: dict[str, Any]) -> dict[str, Any]:
 
 def _train(movie: Movie, clock: Clock) -> adapt.Adapted:
     options = movie.settings.denoise
-    network: torch.nn.Module
-    if options.network == "wcvd":
-        network = adapt.untrained("wcvd", WCVD_RELEASED, seed=options.seed)
-    elif options.weights == "scratch":
-        config = load_weights(PRETRAINED).metadata["config"]
-        network = adapt.untrained("blindspot", config, seed=options.seed)
-    else:
-        network = load_weights(PRETRAINED).module
+    network, steps = _start(options)
     return adapt.adapt(
-        network.to(movie.task.device), _sample(movie, clock), steps=options.steps, crop=options.crop,
-        batch=options.batch, learning_rate=options.learning_rate, seed=options.seed, dtype=options.dtype,
+        network.to(movie.task.device), _sample(movie, clock), steps=steps, crop=options.crop, batch=options.batch,
+        learning_rate=options.learning_rate, seed=options.seed, dtype=options.dtype,
     )  # fmt: skip
+
+
+def _start(options: Denoise) -> tuple[torch.nn.Module, int]:
+    """The network as it is before its training on the movie, and the steps of that."""
+    if options.network == "wcvd":
+        return adapt.untrained("wcvd", WCVD_RELEASED, seed=options.seed), options.steps
+    if options.weights == "scratch":
+        return adapt.untrained("blindspot", TIERS[options.tier], seed=options.seed), options.steps
+    pretrained = options.weights if options.weights not in TRAINED_HERE else denoiser_of(options.tier)
+    return load_weights(pretrained).module, options.steps if options.weights == "adapt" else 0
 
 
 def _sample(movie: Movie, clock: Clock) -> adapt.Sample:

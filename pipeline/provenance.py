@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline import store
 from pipeline.models import cutoff, finds_particles, particle_range, too_dim_for_species
 from pipeline.movie import Task
 from pipeline.parts import read_meta
+from pipeline.steps.lowpass import ROLL_OFF
 from schemas.settings import Settings
 
 
@@ -89,14 +92,14 @@ def _notes(found: Mapping[str, Mapping[str, Any]], stack: store.Stack, settings:
             + ("; the species model was given all planes, aligned" if settings.species.model is not None else "")
         )
     energy = stack.attributes.get("energy")
-    limit = cutoff(settings, energy=energy)
-    if settings.lowpass.cutoff == "information" and limit is not None and limit < 0.5 / stack.sampling:
+    limit = (cutoff(settings, energy=energy) or np.inf) * (1 - ROLL_OFF)
+    if settings.lowpass.cutoff == "information" and limit < 0.5 / stack.sampling:
         notes.append(
-            f"denoised frames hold nothing beyond {limit:.3g} 1/Å, the information limit at {energy:g} keV with a "
-            f"focal spread of {settings.lowpass.focal_spread:g} Å (lowpass.cutoff, lowpass.focal_spread)"
+            f"denoised frames are damped beyond {limit:.3g} 1/Å, the information limit at {energy:g} keV with a focal "
+            f"spread of {settings.lowpass.focal_spread:g} Å (lowpass.cutoff, lowpass.focal_spread)"
         )
     adapted = found["adapt"].get("training") or {}
-    if adapted.get("kept") == "initial":
+    if adapted.get("kept") == "initial" and adapted.get("steps"):
         notes.append("adapting the denoiser to this movie did not help; the pretrained weights were used")
     if adapted.get("kept") == "wiener":
         notes.append(

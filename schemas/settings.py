@@ -119,6 +119,9 @@ class Denoise(Section):
     """Self-supervised blind-spot denoising over neighbouring frames."""
 
     network: Literal["blindspot", "wcvd", "none"] = Field("blindspot", description="architecture; none: no denoising")
+    tier: Literal["small", "medium", "large"] = Field(
+        "large", description="blindspot of about 1.5, 5 or 20 thousand multiplications per pixel"
+    )
     weights: str = Field(
         "adapt",
         description="pretrained | adapt (to each movie, from pretrained) | scratch | path of a safetensors file",

@@ -294,7 +294,10 @@ def test_costs_count_the_stack() -> None:
     assert with_images.result_bytes - costs.result_bytes == pytest.approx(100 * 512 * 512 * 4 * 4 / 3, rel=0.01)
 
 
-@pytest.mark.parametrize(("items", "halo"), [(["denoise.network=none"], 0), (["denoise.network=wcvd"], 1)])
+@pytest.mark.parametrize(
+    ("items", "halo"),
+    [(["denoise.network=none"], 0), (["denoise.network=wcvd"], 1), (["denoise.tier=small"], 2), ([], 3)],
+)
 def test_the_halo_is_what_the_denoiser_looks_at(items: list[str], halo: int, weights: list[str]) -> None:
     assert plan.denoiser_halo(Settings.model_validate(parse_overrides(items))) == halo
     assert plan.denoiser_halo(Settings.model_validate(parse_overrides(weights))) == 2

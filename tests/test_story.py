@@ -13,7 +13,7 @@ from pipeline import store, story
 from pipeline.job import Outcome
 from pipeline.ledger import Ledger, read_records
 from pipeline.results.open import open_run
-from pipeline.steps.lowpass import information_limit
+from pipeline.steps.lowpass import ROLL_OFF, information_limit
 from schemas.conventions import STATUS
 from schemas.jobfile import parse_overrides, validate
 
@@ -172,7 +172,7 @@ def test_images_are_those_of_the_settings(runs: Runs) -> None:
 def test_denoised_frames_end_at_the_information_limit(runs: Runs) -> None:
     """Where the energy is known; the same bits as with the number given, and the run says so."""
     runs("images.save=[denoised]", "source.energy=300", "lowpass.cutoff=information")
-    found, limit = denoised(runs), information_limit(300.0, focal_spread=20.0)
+    found, limit = denoised(runs), information_limit(300.0, focal_spread=20.0) / (1 - ROLL_OFF)
     notes = open_run(runs.output / "tiny.zarr").attrs["colonnade"]["notes"]
     assert any("beyond 1.51 1/Å, the information limit at 300 keV" in note for note in notes)
     runs("images.save=[denoised]", "source.energy=300", f"lowpass.cutoff={limit!r}")

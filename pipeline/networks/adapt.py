@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.fft import next_fast_len
-from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from pipeline.networks.blindspot import BlindSpot, scale_of
+from pipeline.networks.blindspot import CONTEXT_RADIUS, BlindSpot, scale_of
 from pipeline.networks.weights import build
-from pipeline.networks.wiener import NeighbourWiener
+from pipeline.networks.wiener import NeighbourWiener, wiener_kernel
 from pipeline.steps.denoise import (
     DenoisingNetwork,
     DType,
@@ -33,13 +32,13 @@ from pipeline.steps.denoise import (
 HOLD_SQUARE = 16
 HOLD_SHARE = 10
 RUN_LENGTH = 12
-CHECK_FRAMES = 24
+CHECK_FRAMES = 32
+# Looks at the running mean over about MEMORY steps in a training, and how many in a row may be no better.
+CHECKS, PATIENCE = 6, 2
+MEMORY = 150
 SURE = 2.0
 SLOT_DROPOUT = 0.2
 END_DROPOUT = 0.1
-# The filter of the neighbours: its reach [px], and the smoothing of the spectrum [frequency steps of the frame].
-CONTEXT_RADIUS = 64
-CONTEXT_SMOOTHING = 1.25
 
 
 class SamplePlan(NamedTuple):
@@ -132,41 +131,48 @@ def adapt(
     seed: int,
     dtype: DType,
 ) -> Adapted:
-    """Train a copy of `network` for `steps` steps on `sample`; keep the best of both and of a plain Wiener filter.
+    """Train a copy of `network` for at most `steps` steps; keep the best of both and of a plain Wiener filter.
+
+    Without steps it is the choice between the network as it is and the filter.
 
     The loss is the squared difference to the noisy frame in units of the noise: unbiased for counts and for frames with
     negative values alike, and, the network being blind, minimal for the expected image. One in ten squares of 16 px is
     never a target; there the risk of both networks and of a `NeighbourWiener` is compared (E(y - mu)² - variance
-    estimates the error of a blind estimate; the same pixels for all, so that their noise cancels). Training that did
-    not help is thrown away, and so is a network that does not beat the filter by more than chance: a movie of mere
-    noise, say, is left to the filter, which makes a constant of it. `crop` [px], `batch` crops per step; Adam with a
-    learning rate that falls as a cosine. The same arguments give the same bits on one machine (one thread).
+    estimates the error of a blind estimate; the same pixels for all, so that their noise cancels). Of the training,
+    the running mean of the weights is looked at CHECKS times and the best kept; it ends when PATIENCE looks in a row
+    were no better, since few or dark frames are soon learnt by heart. Training that did not help is thrown away, and
+    so is a network that does not beat the filter by more than chance: a movie of mere noise, say, is left to the
+    filter, which makes a constant of it. `crop` [px], `batch` crops per step; Adam with a learning rate that falls as a
+    cosine. The same arguments give the same bits on one machine (one thread).
     """
     begin = time.perf_counter()
-    trained = with_context(network, sample)
-    device = next(trained.parameters()).device
+    network = with_context(network, sample)
+    device = next(network.parameters()).device
     held = _held_out(sample, seed=seed)
+    risk = partial(_risks, sample=sample, held=held, dtype=dtype)
     usable = np.flatnonzero(sample.links.good)
     with one_thread():
-        before = _risks(network, sample, held, dtype=dtype)
+        before = risk(network)
+        best = _Best(network, before, 0)
         if len(usable) and steps:
-            contexts = _contexts(trained, sample)
+            contexts = _contexts(network, sample)
             batches = _Batches(sample, held, contexts, crop=crop, batch=batch, seed=seed)
-            _train(trained, batches, steps=steps, learning_rate=learning_rate, dtype=dtype)
-        after = _risks(trained, sample, held, dtype=dtype)
-        plain = _wiener(trained)
-        filtered = np.full_like(before, np.nan) if plain is None else _risks(plain, sample, held, dtype=dtype)
+            best = _train(network, batches, risk, steps=steps, learning_rate=learning_rate, dtype=dtype)
+        after = best.risks
+        plain = _wiener(network)
+        filtered = np.full_like(before, np.nan) if plain is None else risk(plain)
     gained = _mean(after) < _mean(before) or not np.isfinite(_mean(before))
-    kept = "adapted" if np.isfinite(_mean(after)) and gained else "initial"
+    kept = "adapted" if best.step and np.isfinite(_mean(after)) and gained else "initial"
     if _no_worse(filtered, after if kept == "adapted" else before):
         kept = "wiener"
-    chosen = {"adapted": trained, "initial": network, "wiener": plain}[kept]
+    chosen = {"adapted": best.network, "initial": network, "wiener": plain}[kept]
     record = {
         "initial_risk": _mean(before),
         "final_risk": _mean(after),
         "wiener_risk": _mean(filtered),
         "kept": kept,
         "steps": steps,
+        "best_step": best.step,
         "seconds": time.perf_counter() - begin,
         "sample_frames": len(sample.frames),
         "device": str(device),
@@ -188,45 +194,26 @@ def _offsets(network: nn.Module) -> tuple[int, ...]:
 
 
 def with_context(network: nn.Module, sample: Sample) -> nn.Module:
-    """A copy of `network` that, if it is a BlindSpot, is also given filtered neighbours; it estimates as before.
+    """A copy of `network` with the filter of its neighbours, if it uses one, measured on the sample.
 
-    The filter is Wiener's for the mean of all neighbours, from the periodogram of the sample.
+    A BlindSpot that was not trained with filtered neighbours is given them too; it estimates as before.
     """
     if not isinstance(network, BlindSpot) or len(network.offsets) == 1:
         return copy.deepcopy(network)
-    grown = cast(BlindSpot, build("blindspot", {**network.config, "context": CONTEXT_RADIUS}))
+    grown = cast(BlindSpot, build("blindspot", {**network.config, "context": network.context_radius or CONTEXT_RADIUS}))
     device = next(network.parameters()).device
     fresh = {name: value for name, value in grown.state_dict().items() if name in ("early.weight", "skip")}
-    kernel = wiener_kernel(sample, neighbours=len(network.offsets) - 1)
+    kernel = wiener_kernel(
+        sample.frames, sample.links.good, sample.level, neighbours=len(network.offsets) - 1, reach=grown.context_radius
+    )
     grown.load_state_dict({**fresh, **network.state_dict(), "kernel": kernel})
     return grown.to(device)
 
 
-def wiener_kernel(sample: Sample, *, neighbours: int) -> Tensor:
-    """The Wiener filter of the mean of `neighbours` frames, (2 CONTEXT_RADIUS + 1,) squared, tapered to its edge.
-
-    The power of the signal is the smoothed mean periodogram less the noise, where it is clearly above its own scatter.
-    """
-    frames, links, level = sample
-    rows, columns = frames.shape[-2:]
-    side = next_fast_len(max(rows, columns, 2 * CONTEXT_RADIUS + 2), real=True)
-    power = np.zeros((side, side))
-    used = np.flatnonzero(links.good)
-    for index in used:
-        image = torch.nan_to_num(frames[index] - level.mean, nan=0.0, posinf=0.0, neginf=0.0)
-        power += (torch.fft.fft2(image, s=(side, side)).abs() ** 2).double().cpu().numpy()
-    power /= max(len(used), 1) * rows * columns
-    # Smoothed over the resolution that the frames have; the scatter that is left sets how much counts as signal.
-    width = [CONTEXT_SMOOTHING * side / size for size in (rows, columns)]
-    power = gaussian_filter(power, width, mode="wrap")
-    scatter = (max(len(used), 1) * 4 * np.pi * CONTEXT_SMOOTHING**2) ** -0.5
-    signal = np.maximum(power - (1 + 6 * scatter) * level.variance, 0)
-    gain = signal / (signal + level.variance / neighbours)
-    r = CONTEXT_RADIUS
-    kernel = np.roll(np.fft.ifft2(gain).real, (r, r), (0, 1))[: 2 * r + 1, : 2 * r + 1]
-    edge = np.clip(2 * np.abs(np.arange(-r, r + 1)) / (r + 1) - 1, 0, 1)
-    taper = np.cos(0.5 * np.pi * edge) ** 2
-    return torch.from_numpy(kernel * np.outer(taper, taper)).float()
+def bound(network: nn.Module, frames: NDArray[np.float32], *, links: FrameLinks, level: Level) -> DenoisingNetwork:
+    """A network for the frames (m, y, x) [electrons] of a movie: the filter of its neighbours measured on them."""
+    sample = Sample(torch.from_numpy(np.ascontiguousarray(frames)), links, level)
+    return cast(DenoisingNetwork, with_context(network, sample).eval())
 
 
 def _contexts(network: nn.Module, sample: Sample) -> Tensor:
@@ -310,16 +297,33 @@ def _turned(image: Tensor, turn: int) -> Tensor:
     return image.transpose(-1, -2) if turn & 4 else image
 
 
-def _train(network: nn.Module, batches: _Batches, *, steps: int, learning_rate: float, dtype: DType) -> None:
-    """Minimise the squared error in units of the noise over `steps` batches."""
-    network.train()
+class _Best(NamedTuple):
+    """A network, its risk frame by frame, and after how many steps it was."""
+
+    network: nn.Module
+    risks: NDArray[np.float64]
+    step: int
+
+
+def _train(
+    start: nn.Module,
+    batches: _Batches,
+    risk: Callable[[nn.Module], NDArray[np.float64]],
+    *,
+    steps: int,
+    learning_rate: float,
+    dtype: DType,
+) -> _Best:
+    """Minimise the squared error in units of the noise over `steps` batches; the running mean of least risk."""
+    network, average = copy.deepcopy(start).train(), copy.deepcopy(start).eval()
     device = next(network.parameters()).device
     optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate, betas=(0.9, 0.99))
     warm_up = max(1, min(100, steps // 10))
     level = torch.tensor(batches.sample.level, dtype=torch.float32, device=device)
     scale = scale_of(level)
-    for step in range(steps):
-        rate = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + np.cos(np.pi * step / steps))
+    looks, best, since = set(np.linspace(0, steps, CHECKS + 1).round().astype(int)[1:].tolist()), None, 0
+    for step in range(1, steps + 1):
+        rate = min(1.0, step / warm_up) * 0.5 * (1 + np.cos(np.pi * (step - 1) / steps))
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * rate
         stack, valid, target, weight, context = (part.to(device) for part in batches.draw(_offsets(network)))
@@ -330,10 +334,24 @@ def _train(network: nn.Module, batches: _Batches, *, steps: int, learning_rate: 
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
-    network.eval()
+        blend(average, network, 1 / min(step, MEMORY))
+        if step in looks:
+            found = risk(average)
+            if best is None or _mean(found) < _mean(best.risks):
+                best, since = _Best(copy.deepcopy(average), found, step), 0
+            elif (since := since + 1) == PATIENCE:
+                break
+    return best or _Best(average, risk(average), steps)
 
 
-def _risks(network: nn.Module, sample: Sample, held: Tensor, *, dtype: DType) -> NDArray[np.float64]:
+@torch.no_grad()
+def blend(average: nn.Module, network: nn.Module, share: float) -> None:
+    """Move the weights of `average` towards those of `network` by `share` of the way."""
+    for kept, new in zip(average.parameters(), network.parameters(), strict=True):
+        kept.lerp_(new, share)
+
+
+def _risks(network: nn.Module, *, sample: Sample, held: Tensor, dtype: DType) -> NDArray[np.float64]:
     """Estimated mean squared error over the squared mean, frame by frame, from pixels that were never a target."""
     frames, links, level = sample
     device = next(chain(network.parameters(), network.buffers())).device

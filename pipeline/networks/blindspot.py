@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+# Reach [px] of the filter of the neighbours.
+CONTEXT_RADIUS = 64
+# By cost: about 1.5, 5 and 20 thousand multiplications per pixel.
+TIERS: dict[str, dict[str, Any]] = {
+    "small": {"frames": 5, "channels": 16, "dilations": [2], "context": CONTEXT_RADIUS},
+    "medium": {"frames": 7, "channels": 32, "dilations": [2], "context": CONTEXT_RADIUS},
+    "large": {"frames": 7, "channels": 48, "dilations": [2, 4, 2], "context": CONTEXT_RADIUS},
+}
 # Contrast that, at high dose, becomes an input of one; at low dose the noise does (see `scale_of`).
 _CONTRAST = 0.2
 # The context has little noise, hence little amplitude in units of the noise: more of it makes it learnt sooner.

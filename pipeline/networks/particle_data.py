@@ -12,13 +12,15 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.networks.adapt import bound
+from pipeline.networks.blindspot import BlindSpot
 from pipeline.networks.training import Plan
 from pipeline.simulate.detector import apply_mtf
 from pipeline.simulate.movie import Camera, MovieSpec
 from pipeline.simulate.scene import build_scene
 from pipeline.simulate.truth import mask_of
 from pipeline.steps import segment
-from pipeline.steps.denoise import DenoisingNetwork, FrameLinks, denoise, measure_level
+from pipeline.steps.denoise import FrameLinks, denoise, measure_level
 from schemas.errors import SettingsError
 
 ELEMENTS = {"Au": 0.4, "Pt": 0.2, "Pd": 0.15, "Ag": 0.1, "Cu": 0.08, "Ni": 0.07}
@@ -164,7 +166,7 @@ def simulate(spec: ParticleSpec, numbers: Sequence[int]) -> list[Example]:
 
 
 def denoised_examples(
-    examples: Sequence[Example], denoiser: DenoisingNetwork, spec: ParticleSpec, numbers: Sequence[int]
+    examples: Sequence[Example], denoiser: BlindSpot, spec: ParticleSpec, numbers: Sequence[int]
 ) -> list[Example]:
     """Random examples at random doses behind a denoiser: the middle of as many still frames as it looks at."""
     found = []
@@ -177,7 +179,8 @@ def denoised_examples(
         frames = rng.poisson(dose * sampling**2 * clean).astype(np.float32)
         links = FrameLinks(np.zeros((count, 2), np.int64), np.ones(count, bool), np.zeros(count, np.int64))
         level = measure_level(frames, readout_variance=0.0)
-        made = denoise(denoiser, frames, [count // 2], links=links, level=level, tile=None, dtype="float32")[0]
+        told = bound(denoiser, frames, links=links, level=level)
+        made = denoise(told, frames, [count // 2], links=links, level=level, tile=None, dtype="float32")[0]
         found.append(Example(made / max(float(made.mean()), 1e-9), mask, sampling, clean=False))
     return found
 

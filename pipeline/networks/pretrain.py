@@ -18,13 +18,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.networks.adapt import untrained
+from pipeline.networks.adapt import blend, bound, untrained
+from pipeline.networks.blindspot import CONTEXT_RADIUS
 from pipeline.networks.phantoms import CleanMovie, phantom
+from pipeline.networks.wiener import kernel_of, periodogram, smoothed
 from pipeline.simulate.movie import MovieSpec, simulate_movie
 from pipeline.steps.denoise import (
     DenoisingNetwork,
     FrameLinks,
     Level,
+    convolved,
     denoise,
     measure_level,
     neighbour_stack,
@@ -35,6 +38,8 @@ from pipeline.steps.denoise import (
 FRAMES = 10
 SIDE = 208
 DOSES = (0.03, 30.0)
+# Frames of a movie on which the filter of the neighbours is measured.
+LENGTHS = (10, 64)
 # Squared relative error below which a crop counts as solved; without it pure noise would outweigh everything.
 FLOOR = 1e-4
 # Steps over which weights are averaged.
@@ -54,12 +59,21 @@ class PretrainSettings(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """One batch: stack and validity (batch, slot, y, x), clean target (batch, y, x) [electrons], level (2,)."""
+    """One batch: stack and validity (batch, slot, y, x), clean target (batch, y, x) [electrons], level (2,), and the
+    filtered mean of the neighbours (batch, y, x) [electrons about the mean]."""
 
     stack: Tensor
     valid: Tensor
     target: Tensor
     level: Tensor
+    context: Tensor
+
+
+class Known(NamedTuple):
+    """A clean movie, and the smoothed power per pixel (ky, kx) of its frames about their mean, of mean one."""
+
+    movie: CleanMovie
+    power: NDArray[np.float64]
 
 
 def random_spec(rng: np.random.Generator) -> MovieSpec:
@@ -87,56 +101,75 @@ def random_spec(rng: np.random.Generator) -> MovieSpec:
     )
 
 
-def movie_bank(settings: PretrainSettings, *, report: Callable[[str], None]) -> list[CleanMovie]:
+def movie_bank(settings: PretrainSettings, *, report: Callable[[str], None]) -> list[Known]:
     """Simulated movies and phantoms, each of its own seed; a specimen too large to simulate is drawn anew."""
     bank = []
     for i in range(settings.simulated):
         rng = np.random.default_rng([settings.seed, 1, i])
         spec = random_spec(rng)
         movie = simulate_movie(spec, int(rng.integers(2**31)))
-        bank.append(CleanMovie(movie.clean, movie.drift))
+        bank.append(known(CleanMovie(movie.clean, movie.drift)))
         if i % 20 == 0:
             report(f"simulated {i + 1} of {settings.simulated} movies ({spec.kind}, {spec.mode})")
     for i in range(settings.phantoms):
-        bank.append(phantom(np.random.default_rng([settings.seed, 2, i]), frames=FRAMES, side=SIDE))
+        bank.append(known(phantom(np.random.default_rng([settings.seed, 2, i]), frames=FRAMES, side=SIDE)))
     return bank
 
 
-def draw(
-    bank: Sequence[CleanMovie], rng: np.random.Generator, *, offsets: Sequence[int], crop: int, batch: int
-) -> Drawn:
-    """Noisy crops of one movie at one dose, with the clean crops behind them."""
-    movie = bank[int(rng.integers(len(bank)))]
-    clean = torch.from_numpy(_restyled(movie.frames, rng))
+def known(movie: CleanMovie) -> Known:
+    """A movie with its spectrum."""
+    relative = torch.from_numpy(movie.frames / float(movie.frames.mean()) - 1)
+    power = np.mean([periodogram(frame, reach=CONTEXT_RADIUS) for frame in relative], axis=0)
+    return Known(movie, smoothed(power, (relative.shape[1], relative.shape[2])))
+
+
+def draw(bank: Sequence[Known], rng: np.random.Generator, *, offsets: Sequence[int], crop: int, batch: int) -> Drawn:
+    """Noisy crops of one frame of one movie at one dose, with the clean crops behind them."""
+    movie, power = bank[int(rng.integers(len(bank)))]
+    factor = _factor(rng)
+    clean = torch.from_numpy(_restyled(movie.frames, factor))
     dose = float(np.exp(rng.uniform(*np.log(DOSES))))
     readout = float(rng.uniform(0, 1)) if rng.random() < 0.2 else 0.0
-    level = torch.tensor([dose * float(clean.mean()), dose * float(clean.mean()) + readout])
-    stacks, valids, targets = [], [], []
+    mean = dose * float(clean.mean())
+    level = Level(mean, mean + readout)
+    index = int(rng.integers(len(clean)))
+    stack, valid = neighbour_stack(clean, index, offsets=offsets, links=_links(movie.drift, rng), fill=0)
+    if rng.random() < 0.15:
+        stack = stack * torch.from_numpy(rng.normal(1, 0.05, (len(offsets), 1, 1)).astype(np.float32)).clamp_min(0.5)
+    if rng.random() < 0.15:
+        _keep_few(valid, offsets, rng)
+    noisy = torch.from_numpy(rng.poisson(dose * stack.numpy()).astype(np.float32))
+    if readout:
+        noisy += float(np.sqrt(readout)) * torch.from_numpy(rng.standard_normal(noisy.shape, dtype=np.float32))
+    noisy = torch.where(valid, noisy, mean)
+    # The filter that a movie of some length would be given: the longer, the more of its lattice it lets through.
+    length = int(np.exp(rng.uniform(*np.log(LENGTHS))))
+    signal = power * (factor * mean) ** 2
+    context = _context(
+        noisy, valid, offsets, kernel_of(signal, length, level, neighbours=len(offsets) - 1, reach=CONTEXT_RADIUS), mean
+    )
+    crops = []
     for _ in range(batch):
-        links = _links(movie.drift, rng)
-        index = int(rng.integers(len(clean)))
         top, left = (int(rng.integers(size - crop + 1)) for size in clean.shape[1:])
-        region = (top, left, crop, crop)
-        stack, valid = neighbour_stack(clean, index, offsets=offsets, links=links, fill=0, region=region)
-        if rng.random() < 0.15:
-            stack = stack * torch.from_numpy(rng.normal(1, 0.05, (len(offsets), 1, 1)).astype(np.float32)).clamp_min(
-                0.5
-            )
-        if rng.random() < 0.15:
-            _keep_few(valid, offsets, rng)
-        noise = torch.from_numpy(rng.poisson(dose * stack.numpy()).astype(np.float32))
-        if readout:
-            noise += float(np.sqrt(readout)) * torch.from_numpy(rng.standard_normal(noise.shape, dtype=np.float32))
-        turn = _turn(rng)
-        stacks.append(turn(torch.where(valid, noise, level[0])))
-        valids.append(turn(valid))
-        targets.append(turn(dose * clean[index, top : top + crop, left : left + crop]))
-    return Drawn(torch.stack(stacks), torch.stack(valids), torch.stack(targets), level)
+        here, turn = (..., slice(top, top + crop), slice(left, left + crop)), _turn(rng)
+        crops.append([turn(part[here]) for part in (noisy, valid, dose * clean[index], context)])
+    stacks, valids, targets, contexts = (torch.stack(parts) for parts in zip(*crops, strict=True))
+    return Drawn(stacks, valids, targets, torch.tensor(level, dtype=torch.float32), contexts)
 
 
-def _restyled(frames: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
-    """Another contrast, inverted in a third of the cases; never negative."""
-    factor = float(np.exp(rng.uniform(np.log(0.3), np.log(1.5)))) * (-1 if rng.random() < 0.33 else 1)
+def _context(noisy: Tensor, valid: Tensor, offsets: Sequence[int], kernel: Tensor, mean: float) -> Tensor:
+    """The mean of the neighbours (slot, y, x) behind their filter, (y, x) [electrons about the mean]."""
+    others = [slot for slot, offset in enumerate(offsets) if offset]
+    return convolved((noisy[others] - mean).sum(0) / valid[others].sum(0).clamp_min(1), kernel)
+
+
+def _factor(rng: np.random.Generator) -> float:
+    """By how much to change a contrast; inverted in a third of the cases."""
+    return float(np.exp(rng.uniform(np.log(0.3), np.log(1.5)))) * (-1 if rng.random() < 0.33 else 1)
+
+
+def _restyled(frames: NDArray[np.float32], factor: float) -> NDArray[np.float32]:
+    """The contrast times a factor; never negative."""
     mean = float(frames.mean())
     return np.maximum(1 + factor * (frames / mean - 1), 0.01).astype(np.float32)
 
@@ -190,27 +223,20 @@ def pretrain(
             for _ in range(2):
                 part = draw(bank, rng, offsets=offsets, crop=settings.crop, batch=settings.batch // 2)
                 with reduced_precision("cpu", "auto"):
-                    estimate = network(part.stack, part.valid, part.level)
+                    estimate = network(part.stack, part.valid, part.level, part.context)
                 error = ((estimate - part.target) / part.level[0]).square().mean((1, 2))
                 loss = (error + FLOOR).log().mean() / 2
                 loss.backward()
                 recent = 0.998 * recent + 0.004 * loss.item()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
-            _blend(average, network, 1 / min(step + 1, MEMORY))
+            blend(average, network, 1 / min(step + 1, MEMORY))
             if step % 500 == 499:
                 seconds = time.perf_counter() - begin
                 report(f"step {step + 1} of {settings.steps}: mean log error {recent:.3f}, {seconds:.0f} s")
                 if snapshot is not None:
                     snapshot(average)
     return average
-
-
-@torch.no_grad()
-def _blend(average: nn.Module, network: nn.Module, share: float) -> None:
-    """Move `average` towards `network` by `share` of the way."""
-    for kept, new in zip(average.parameters(), network.parameters(), strict=True):
-        kept.lerp_(new, share)
 
 
 def _rates(steps: int) -> Iterator[float]:
@@ -247,7 +273,6 @@ def _denoised(network: nn.Module, counts: NDArray[Any], drift: NDArray[Any]) -> 
     frames = counts.astype(np.float32)
     n = len(frames)
     links = FrameLinks(drift.astype(np.int64), np.ones(n, dtype=bool), np.zeros(n, dtype=np.int64))
-    level: Level = measure_level(frames, readout_variance=0.0)
-    return denoise(
-        cast(DenoisingNetwork, network), frames, range(n), links=links, level=level, tile=None, dtype="float32"
-    )
+    level = measure_level(frames, readout_variance=0.0)
+    told = bound(network, frames, links=links, level=level)
+    return denoise(told, frames, range(n), links=links, level=level, tile=None, dtype="float32")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
+from pipeline.networks.adapt import bound
 from pipeline.simulate import detector
 from pipeline.simulate.movie import MovieSpec, SimulatedMovie, simulate_movie
 from pipeline.steps import denoise, segment
@@ -68,7 +69,7 @@ def denoised(movie: SimulatedMovie, denoiser: nn.Module) -> np.ndarray:
     count = len(frames)
     links = denoise.FrameLinks(np.rint(movie.drift).astype(np.int64), np.ones(count, bool), np.zeros(count, np.int64))
     level = denoise.measure_level(frames, readout_variance=0.0)
-    network: Any = denoiser
+    network = bound(denoiser, frames, links=links, level=level)
     return denoise.denoise(network, frames, [count // 2], links=links, level=level, tile=None, dtype="auto")
 
 

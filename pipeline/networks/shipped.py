@@ -8,36 +8,38 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.networks import pretrain, train_columns
-from pipeline.networks.weights import SHIPPED, save_weights
+from pipeline.networks.blindspot import TIERS
+from pipeline.networks.weights import SHIPPED, denoiser_of, save_weights
 from schemas.errors import SettingsError
 
 Report = Callable[[str], None]
 
-DENOISE_CONFIG: dict[str, Any] = {"frames": 7, "channels": 48, "dilations": [2, 4, 2]}
 DENOISE = pretrain.PretrainSettings(
-    steps=10_000, simulated=60, phantoms=300, crop=96, batch=8, learning_rate=3e-3, seed=1
+    steps=10_000, simulated=120, phantoms=400, crop=96, batch=8, learning_rate=3e-3, seed=1
 )
 COLUMNS = train_columns.ColumnTraining()
 
 
 def train(what: str, output: Path | None, *, steps: int | None, report: Report) -> str:
-    """Train ``columns`` or ``denoise`` and write ``output`` (default: the shipped file); its SHA-256."""
-    if what not in ("columns", "denoise"):
-        raise SettingsError(f"{what!r} cannot be trained; expected columns or denoise")
+    """Train ``columns``, ``denoise``, ``denoise-medium`` or ``denoise-small`` and write ``output`` (default: the
+    shipped file); its SHA-256."""
     path = output or SHIPPED / f"{what}.safetensors"
     if what == "columns":
         chosen = dataclasses.replace(COLUMNS, steps=steps or COLUMNS.steps)
         return train_columns.train(chosen, path, folder=None, report=report)
-    return train_denoise(path, DENOISE._replace(steps=steps or DENOISE.steps), report=report)
+    tiers = {denoiser_of(tier): tier for tier in TIERS}
+    if what not in tiers:
+        raise SettingsError(f"{what!r} cannot be trained; expected columns or one of {', '.join(tiers)}")
+    return train_denoise(path, DENOISE._replace(steps=steps or DENOISE.steps), tier=tiers[what], report=report)
 
 
-def train_denoise(path: Path, settings: pretrain.PretrainSettings, *, report: Report) -> str:
-    """Pretrain the denoiser; snapshots of the running average are written to ``path`` on the way."""
-    facts: dict[str, Any] = {"training": settings._asdict(), "command": "scripts/train_denoise"}
+def train_denoise(path: Path, settings: pretrain.PretrainSettings, *, tier: str, report: Report) -> str:
+    """Pretrain the denoiser of a tier; snapshots of the running average are written to ``path`` on the way."""
+    facts: dict[str, Any] = {"training": settings._asdict(), "command": f"scripts/train_denoise --tier {tier}"}
 
     def snapshot(average: Any) -> None:
         save_weights(average, path, facts | {"finished": False})
 
-    network = pretrain.pretrain(DENOISE_CONFIG, settings, report=report, snapshot=snapshot)
+    network = pretrain.pretrain(TIERS[tier], settings, report=report, snapshot=snapshot)
     facts["figures"] = pretrain.card_figures(network, seed=1234)
     return save_weights(network, path, facts)

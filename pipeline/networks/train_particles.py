@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.networks import training
+from pipeline.networks.blindspot import BlindSpot
 from pipeline.networks.msdnet import MSDNet
 from pipeline.networks.particle_data import (
     Example,
@@ -26,7 +27,6 @@ from pipeline.networks.particle_data import (
 from pipeline.networks.training import Fit, Network, Report
 from pipeline.networks.weights import load_weights, save_weights
 from pipeline.steps import windows
-from pipeline.steps.denoise import DenoisingNetwork
 from pipeline.steps.segment import PARTICLE_SAMPLING_RANGE
 
 RARE = -1.5  # first logit of a particle: some fifth of the pixels belong to one
@@ -83,9 +83,9 @@ def train(
     return digest
 
 
-def denoiser() -> DenoisingNetwork:
+def denoiser() -> BlindSpot:
     """The denoiser that ships."""
-    return cast(DenoisingNetwork, load_weights("denoise").module)
+    return cast(BlindSpot, load_weights("denoise").module)
 
 
 def untrained(spec: ParticleSpec) -> MSDNet:

@@ -79,6 +79,11 @@ def save_weights(network: torch.nn.Module, path: str | Path, metadata: dict[str,
     return hashlib.sha256(data).hexdigest()
 
 
+def denoiser_of(tier: str) -> str:
+    """Name of the shipped denoiser of a tier (small, medium or large)."""
+    return "denoise" if tier == "large" else f"denoise-{tier}"
+
+
 def resolve(name_or_path: str | Path) -> Path:
     """File of shipped weights (by name) or of the user's (by path). Raises SettingsError if there is none."""
     if isinstance(name_or_path, str) and re.fullmatch(r"[A-Za-z0-9_-]+", name_or_path):

@@ -147,10 +147,10 @@ def frame_context(
         return None
     others = [offset for offset in network.offsets if offset]
     total, count = _added(frames, index, others, links=links, level=level.mean)
-    return _convolved(total / count.clamp_min(1), network.kernel)
+    return convolved(total / count.clamp_min(1), network.kernel)
 
 
-def _convolved(image: Tensor, kernel: Tensor) -> Tensor:
+def convolved(image: Tensor, kernel: Tensor) -> Tensor:
     """Convolution of an image (y, x) with a kernel (2 r + 1, 2 r + 1), as if there were zeros around the image."""
     reach = kernel.shape[-1] // 2
     shape = [next_fast_len(int(size) + reach, real=True) for size in image.shape]

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.networks.adapt import Sample, adapt, plan_sample, training_sample, untrained, wiener_kernel, with_context
+from pipeline.networks.adapt import Sample, adapt, plan_sample, training_sample, untrained, with_context
 from pipeline.networks.phantoms import phantom
-from pipeline.networks.wiener import NeighbourWiener
+from pipeline.networks.wiener import NeighbourWiener, wiener_kernel
 from pipeline.steps.denoise import FrameLinks, Level, denoise, frame_context, measure_level, neighbour_stack
 
 CONFIG = {"frames": 5, "channels": 16, "dilations": [2]}
@@ -94,10 +94,9 @@ def test_the_filter_of_the_neighbours_is_that_of_wiener():
     inner = np.stack([c.numpy() for c in contexts])[:, 16:-16, 16:-16] / DOSE + 1
     truth = clean[2:10, 16:-16, 16:-16]
     assert np.mean((inner - truth) ** 2) < 0.15 * truth.var()
-    noise = Sample(
-        torch.from_numpy(np.random.default_rng(1).poisson(0.5, (12, 96, 96)).astype(np.float32)), *sample[1:]
-    )
-    assert float(wiener_kernel(noise, neighbours=4).abs().sum()) < 0.2
+    noise = torch.from_numpy(np.random.default_rng(1).poisson(0.5, (12, 96, 96)).astype(np.float32))
+    kernel = wiener_kernel(noise, sample.links.good, Level(0.5, 0.5), neighbours=4, reach=64)
+    assert float(kernel.abs().sum()) < 0.2
 
 
 def test_adding_context_changes_no_estimate():

@@ -17,15 +17,29 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark_denoise"
 def test_the_benchmark_runs_and_lists_every_rival(tmp_path):
     network = untrained("blindspot", {"frames": 3, "channels": 16, "dilations": [2]}, seed=0)
     save_weights(network, tmp_path / "w.safetensors", {})
-    command = [sys.executable, str(SCRIPT), "--quick", "--size", "12", "90", "--doses", "1", "--steps", "3"]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--quick",
+        "--size",
+        "12",
+        "90",
+        "--doses",
+        "1",
+        "--steps",
+        "3",
+        "--seeds",
+        "0",
+        "1",
+    ]
     command += ["--weights", str(tmp_path / "w.safetensors"), "--json", str(tmp_path / "figures.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert set(figures) == {"nanoparticle 1", "wse2 1"}
     expected = {"noisy", "Gaussian", "low-pass", "3-frame mean", "5-frame mean", "9-frame mean", "Wiener", "WCVD"}
-    expected |= {"9-frame mean + Wiener", "total variation", "non-local means", "ours, pretrained", "ours, adapted"}
-    expected |= {"N2V, 1 frame", "N2V, 5 frames"}
+    expected |= {"9-frame mean + Wiener", "total variation", "non-local means", "ours, large, pretrained"}
+    expected |= {"N2V, 1 frame", "N2V, 5 frames", "Wiener, 3-D", "ours, large, adapted", "ours, large, adapted, seed 1"}
     for found in figures.values():
         assert expected <= set(found)
         assert all(entry["ssim"] <= 1 for entry in found.values())

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.networks.phantoms import CleanMovie, phantom
-from pipeline.networks.pretrain import PretrainSettings, card_figures, draw, movie_bank, pretrain, random_spec
+from pipeline.networks.pretrain import PretrainSettings, card_figures, draw, known, movie_bank, pretrain, random_spec
 
 SMALL = {"frames": 3, "channels": 16, "dilations": [2]}
 
@@ -48,7 +48,7 @@ def test_benchmark_materials_are_never_drawn():
 
 
 def test_drawn_counts_have_the_clean_frame_as_their_mean():
-    flat = CleanMovie(np.ones((8, 40, 40), dtype=np.float32), np.zeros((8, 2)))
+    flat = known(CleanMovie(np.ones((8, 40, 40), dtype=np.float32), np.zeros((8, 2))))
     rng = np.random.default_rng(0)
     for _ in range(20):
         part = draw([flat], rng, offsets=(-1, 0, 1), crop=32, batch=2)
@@ -57,6 +57,24 @@ def test_drawn_counts_have_the_clean_frame_as_their_mean():
         seen = part.stack[part.valid]
         assert float(seen.mean()) == pytest.approx(mean, abs=6 * (variance / len(seen)) ** 0.5 + 0.1 * mean)
         assert (part.stack[~part.valid] == part.level[0]).all()
+        assert float(part.context.std()) < 0.05 * variance**0.5
+
+
+def test_drawn_context_is_the_filtered_mean_of_the_neighbours():
+    """It resembles the lattice far better than the neighbours themselves, and turns with the crop."""
+    y, x = np.mgrid[:96, :96]
+    clean = (1 + 0.3 * np.cos(0.7 * x + 0.2 * y) + 0.2 * np.cos(0.9 * y)).astype(np.float32)
+    bank, rng = [known(CleanMovie(np.repeat(clean[None], 8, 0), np.zeros((8, 2))))], np.random.default_rng(1)
+    alike = []
+    for _ in range(40):
+        part = draw(bank, rng, offsets=(-1, 0, 1), crop=48, batch=2)
+        neighbours, both = part.stack[:, [0, 2]].mean(1), part.valid.all()
+        if both and 0.1 < float(part.level[0]) < 1:
+            pairs = [np.corrcoef(one.ravel(), part.target.ravel())[0, 1] for one in (part.context, neighbours)]
+            alike.append(pairs)
+    assert len(alike) > 5
+    filtered, plain = np.median(alike, axis=0)
+    assert filtered > 0.9 > 0.6 > plain
 
 
 def test_pretraining_is_reproducible_and_learns():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter, maximum_filter
 
+from pipeline.networks.adapt import bound
 from pipeline.networks.msdnet import MSDNet
 from pipeline.networks.weights import load_weights
 from pipeline.simulate.movie import MovieSpec, simulate_frames, simulate_movie
@@ -78,7 +79,7 @@ def test_pure_noise_once_denoised_holds_no_columns(columns, dose):
     electrons = movie.counts.astype(np.float32)
     links = denoise.FrameLinks(np.zeros((8, 2), np.int64), np.ones(8, bool), np.zeros(8, np.int64))
     level = denoise.measure_level(electrons, readout_variance=0.0)
-    network = load_weights("denoise").module
+    network = bound(load_weights("denoise").module, electrons, links=links, level=level)
     made = denoise.denoise(network, electrons, [3, 4, 5], links=links, level=level, tile=None, dtype="auto")
     for polarity in (1, -1):
         assert not sum(len(peaks(map_, 0.17)) for map_ in probability(columns, made, 0.17, polarity))
