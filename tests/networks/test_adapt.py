@@ -80,6 +80,32 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_start_alone(adapted, m
     assert not torch.equal(first.state_dict()["last.weight"], other.state_dict()["last.weight"])
 
 
+def test_the_weights_of_least_risk_are_kept_and_training_ends_when_it_rises(movie, monkeypatch):
+    """Looks at steps 10, 20, …: best at 20, no better at 30 and 40, and 50 is never reached."""
+    _, counts, links = movie
+    sample = Sample(torch.from_numpy(counts), links, measure_level(counts, readout_variance=0))
+    seen = []
+
+    def risks(network, *, sample, held, dtype):
+        if isinstance(network, NeighbourWiener):
+            return np.full(4, 9.0)
+        seen.append(network.state_dict()["last.weight"].clone())
+        return np.full(4, {0: 5.0, 1: 3.0, 2: 1.0}.get(len(seen) - 1, 2.0)) + np.arange(4) / 100
+
+    monkeypatch.setattr("pipeline.networks.adapt._risks", risks)
+    network, record = adapt(untrained("blindspot", CONFIG, seed=0), sample, steps=60, **SETTINGS)
+    assert (record["best_step"], record["kept"], len(seen)) == (20, "adapted", 5)
+    assert torch.equal(network.state_dict()["last.weight"], seen[2])
+    assert not torch.equal(seen[2], seen[3])
+
+
+def test_without_steps_the_network_is_kept_unless_the_filter_is_as_good(movie, adapted):
+    sample, (network, _) = adapted
+    assert adapt(network, sample, steps=0, **SETTINGS).record["kept"] == "initial"
+    weak = adapt(untrained("blindspot", CONFIG, seed=0), sample, steps=0, **SETTINGS)
+    assert weak.record["kept"] == "wiener" and weak.record["best_step"] == 0
+
+
 def test_the_filter_of_the_neighbours_is_that_of_wiener():
     """Waves pass, white noise does not; the filtered neighbours alone resemble the clean frames."""
     y, x = np.mgrid[:96, :96]
