@@ -19,8 +19,8 @@ from pipeline.networks.blindspot import TIERS
 from pipeline.networks.encoder_decoder import EncoderDecoder
 from pipeline.networks.msdnet import MSDNet
 from pipeline.networks.unet import UNet
+from pipeline.networks.wcvd import RELEASED
 from pipeline.networks.weights import SHIPPED, denoiser_of, load_weights
-from pipeline.prepare import WCVD_RELEASED
 from pipeline.steps.denoise import DType, FrameLinks, denoise, has_bfloat16, measure_level
 from schemas.settings import Denoise
 
@@ -108,7 +108,7 @@ def measure_denoisers(edge: int, *, device: str, repeats: int) -> Iterator[Denoi
     level = measure_level(frames, readout_variance=0.0)
     kept = torch.from_numpy(frames).to(device)
     found: dict[str, Any] = {tier: load_weights(denoiser_of(tier)).module for tier in TIERS}
-    found["WCVD"] = untrained("wcvd", WCVD_RELEASED, seed=0)
+    found["WCVD"] = untrained("wcvd", RELEASED, seed=0)
     for name, network in found.items():
         dtypes: tuple[DType, ...] = ("float32", "bfloat16") if has_bfloat16(device) else ("float32",)
         for dtype in dtypes:

@@ -11,12 +11,12 @@ import torch
 from pipeline.models import TRAINED_HERE
 from pipeline.movie import Clock, Movie
 from pipeline.networks import adapt
+from pipeline.networks.adapt_sample import Sample, plan_sample, training_sample
 from pipeline.networks.blindspot import TIERS
+from pipeline.networks.wcvd import RELEASED
 from pipeline.networks.weights import architecture_of, denoiser_of, load_weights, resolve, save_weights
 from pipeline.steps import denoise, drift
 from schemas.settings import Denoise
-
-WCVD_RELEASED = {"kernels": [3, 5, 7], "layers": 4, "channels": 3}
 
 
 def prepare_denoiser(movie: Movie, target: Path, clock: Clock) -> dict[str, Any]:
@@ -56,21 +56,21 @@ def _train(movie: Movie, clock: Clock) -> adapt.Adapted:
 
 def _start(options: Denoise) -> tuple[torch.nn.Module, int]:
     """The network as it is before its training on the movie, and the steps of that."""
-    if options.network == "wcvd":
-        return adapt.untrained("wcvd", WCVD_RELEASED, seed=options.seed), options.steps
+    if options.network == "wcvd" and options.weights in TRAINED_HERE:
+        return adapt.untrained("wcvd", RELEASED, seed=options.seed), options.steps
     if options.weights == "scratch":
         return adapt.untrained("blindspot", TIERS[options.tier], seed=options.seed), options.steps
     pretrained = options.weights if options.weights not in TRAINED_HERE else denoiser_of(options.tier)
     return load_weights(pretrained).module, options.steps if options.weights == "adapt" else 0
 
 
-def _sample(movie: Movie, clock: Clock) -> adapt.Sample:
+def _sample(movie: Movie, clock: Clock) -> Sample:
     """A bounded sample of the movie, chosen by a fixed rule, in electrons."""
     if movie.good is None or movie.drift_px is None or movie.level is None:
         raise RuntimeError("the movie was opened before its drift was solved")
     options = movie.settings.denoise
     runs = denoise.frame_runs(movie.stack.time, max_gap=options.max_gap)
-    plan = adapt.plan_sample(
+    plan = plan_sample(
         movie.stack.shape, good=movie.good, run=runs, max_frames=options.sample_frames, max_side=options.sample_side
     )
     frames = np.empty((len(plan.frames), plan.height, plan.width), dtype=np.float32)
@@ -78,6 +78,6 @@ def _sample(movie: Movie, clock: Clock) -> adapt.Sample:
         with clock("read"):
             counts = movie.counts(int(index), int(index) + 1)
         frames[row] = movie.electrons(counts)[0, top : top + plan.height, left : left + plan.width]
-    return adapt.training_sample(
+    return training_sample(
         frames, plan=plan, whole_px_drift=drift.whole_pixels(movie.drift_px), good=movie.good, level=movie.level
     )

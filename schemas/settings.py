@@ -126,7 +126,7 @@ class Denoise(Section):
         "adapt",
         description="pretrained | adapt (to each movie, from pretrained) | scratch | path of a safetensors file",
     )
-    steps: Count = Field(1500, description="training steps of adapt and scratch")
+    steps: Count = Field(1500, description="most training steps of adapt and scratch, which end where more do not help")
     seed: int = Field(0, description="seed of the training")
     sample_frames: Count = Field(64, description="frames of the movie that adaptation may read")
     sample_side: Count = Field(512, description="edge in pixels of the regions that adaptation reads")

@@ -181,6 +181,13 @@ def test_denoised_frames_end_at_the_information_limit(runs: Runs) -> None:
     assert not np.array_equal(denoised(runs), found)
 
 
+def test_shipped_weights_given_by_name_get_the_filter_of_the_movie(runs: Runs) -> None:
+    runs("denoise.weights=denoise-small")
+    blocks = [record for record in read_records(runs.output / "ledger" / "tiny") if record["kind"] == "block"]
+    (weights,) = [record["weights"] for record in blocks if record["step"] == "adapt"]
+    assert weights == "own"
+
+
 def test_a_stack_that_is_not_kept_is_made_again_when_it_is_needed(runs: Runs) -> None:
     runs("stacks.keep=false")
     before, counted = runs.tables(), runs.computed()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+RELEASED: dict[str, Any] = {"kernels": [3, 5, 7], "layers": 4, "channels": 3}
 
 
 class CentreBlindConv(nn.Module):
@@ -35,8 +38,8 @@ class WCVD(nn.Module):
     """Three centre-blind sub-networks of kernels 3, 5 and 7 over three frames, mixed by a softmax.
 
     Each: convolution, then `layers` times (1 x 1 convolution, leaky ReLU 0.1), 1 x 1 convolution to one channel, ReLU;
-    no bias and no normalisation anywhere, so f(a x) = a f(x) for a > 0. The released configuration has
-    kernels=(3, 5, 7), layers=4, channels=3: 867 parameters and 864 multiply-accumulates per pixel.
+    no bias and no normalisation anywhere, so f(a x) = a f(x) for a > 0. The released configuration
+    (RELEASED): 867 parameters and 864 multiply-accumulates per pixel.
     Weights start positive, so that no final ReLU is born dead. Slots without data are filled with the movie's mean.
     """
 

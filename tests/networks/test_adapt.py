@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.networks.adapt import Sample, adapt, plan_sample, training_sample, untrained, with_context
+from pipeline.networks.adapt import adapt, untrained, with_context
+from pipeline.networks.adapt_sample import Sample, plan_sample, training_sample
 from pipeline.networks.phantoms import phantom
 from pipeline.networks.wiener import NeighbourWiener, wiener_kernel
 from pipeline.steps.denoise import FrameLinks, Level, denoise, frame_context, measure_level, neighbour_stack
