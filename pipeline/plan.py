@@ -31,11 +31,11 @@ from schemas.settings import Settings
 STEPS: Mapping[str, tuple[int, str | None, tuple[str, ...]]] = {
     "calibrate": (1, None, ("detector", "source.defocus_plane", *(
         f"drift.{name}" for name in ("correct", "band", "taper", "change", "limit")))),
-    "survey": (1, "calibrate", ("drift.lags", "drift.candidates", "drift.max_shift", "drift.defocus_shift")),
+    "survey": (2, "calibrate", ("drift.lags", "drift.candidates", "drift.max_shift", "drift.defocus_shift")),
     "drift": (1, "survey", ("drift.max_motion", "drift.cauchy")),
-    "adapt": (2, "drift", ("denoise",)),
+    "adapt": (3, "drift", ("denoise",)),
     "vote": (1, "adapt", ("segment.model", "segment.contrast", "source.mode", "lowpass")),
-    "process": (4, "vote", (
+    "process": (5, "vote", (
         "segment", "columns", "particles", "fourier.band", "fourier.significance", "species", "images.save")),
     "collect": (2, "process", ("images.examples", "fourier.threshold")),
 }  # fmt: skip

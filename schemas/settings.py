@@ -126,7 +126,7 @@ class Denoise(Section):
         "adapt",
         description="pretrained | adapt (to each movie, from pretrained) | scratch | path of a safetensors file",
     )
-    steps: Count = Field(1500, description="most training steps of adapt and scratch, which end where more do not help")
+    steps: Count = Field(3000, description="most training steps of adapt and scratch, which end where more do not help")
     seed: int = Field(0, description="seed of the training")
     sample_frames: Count = Field(64, description="frames of the movie that adaptation may read")
     sample_side: Count = Field(512, description="edge in pixels of the regions that adaptation reads")
@@ -177,7 +177,7 @@ class Columns(Section):
         0.25, description="hrtem: least signal of a column as a part of that of the frame's strong columns"
     )
     min_roundness: Probability = Field(
-        0.6, description="least median roundness of columns near each other in a particle; below it they are fringes"
+        0.55, description="least median roundness of columns near each other in a particle; below it they are fringes"
     )
     width: Positive = Field(0.5, description="standard deviation of a column's image in Å; a start if it is fitted")
     fit_width: bool = Field(True, description="fit one width per frame")

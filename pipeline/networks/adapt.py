@@ -34,6 +34,8 @@ CHECK_FRAMES = 32
 CHECKS, PATIENCE = 6, 2
 MEMORY = 150
 SURE = 2.0
+# Part of the movie's mean variance below which no pixel's variance is believed to lie.
+DIMMEST = 0.1
 
 
 class Adapted(NamedTuple):
@@ -65,8 +67,9 @@ def adapt(
 
     Without steps it is the choice between the network as it is and the filter.
 
-    The loss is the squared difference to the noisy frame in units of the noise: unbiased for counts and for frames with
-    negative values alike, and, the network being blind, minimal for the expected image. One in ten squares of 16 px is
+    The loss is the squared difference to the noisy frame over the variance of the noise where the network itself
+    estimates the frame to be so bright: its gradient is that of the likelihood of counts, it takes negative values too,
+    and, the network being blind, it is minimal for the expected image. One in ten squares of 16 px is
     never a target; there the risk of both networks and of a `NeighbourWiener` is compared (E(y - mu)² - variance
     estimates the error of a blind estimate; the same pixels for all, so that their noise cancels). Of the training,
     the running mean of the weights is looked at CHECKS times and the best kept; it ends when PATIENCE looks in a row
@@ -180,13 +183,13 @@ def _train(
     learning_rate: float,
     dtype: DType,
 ) -> _Best:
-    """Minimise the squared error in units of the noise over `steps` batches; the running mean of least risk."""
+    """Minimise the squared error over the variance of the noise in `steps` batches; the running mean of least risk."""
     network, average = copy.deepcopy(start).train(), copy.deepcopy(start).eval()
     device = next(network.parameters()).device
     optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate, betas=(0.9, 0.99))
     warm_up = max(1, min(100, steps // 10))
     level = torch.tensor(batches.sample.level, dtype=torch.float32, device=device)
-    scale = scale_of(level)
+    least, common = DIMMEST * level[1], level[1] / scale_of(level) ** 2
     looks, best, since = set(np.linspace(0, steps, CHECKS + 1).round().astype(int)[1:].tolist()), None, 0
     for step in range(1, steps + 1):
         rate = min(1.0, step / warm_up) * 0.5 * (1 + np.cos(np.pi * (step - 1) / steps))
@@ -195,7 +198,8 @@ def _train(
         stack, valid, target, weight, context = (part.to(device) for part in batches.draw(_offsets(network)))
         with reduced_precision(str(device), dtype):
             estimate = network(stack, valid, level, context)
-        loss = (weight * ((target - estimate) / scale) ** 2).sum() / weight.sum().clamp_min(1)
+        variance = (estimate.detach() + level[1] - level[0]).clamp_min(least)
+        loss = common * (weight * (target - estimate) ** 2 / variance).sum() / weight.sum().clamp_min(1)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -22,7 +22,7 @@ __all__ = ["Peaks", "evidence", "find_columns", "fringes", "inside", "refine", "
 
 STRONG = 0.9  # speckle may outnumber the columns of a small crystal several times over
 AT_ONCE = 1024  # columns whose surroundings are held at a time
-AROUND = 17  # peaks, itself and the nearest, whose median roundness tells whether they lie on fringes
+AROUND = 25  # peaks, itself and the nearest, whose median roundness tells whether they lie on fringes
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

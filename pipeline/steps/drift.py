@@ -5,8 +5,8 @@ an optimal delay estimator would use, S/(N(N + 2S)) for signal power S and noise
 Trans. ASSP 21, 1973; the periodic case: Savitzky et al., Ultramicroscopy 191, 2018), where S and N come from a sample
 of the whole movie, so that strong lattice peaks, amorphous support and edges all count for what they tell. The best
 few maxima of the correlation are kept, because in a lattice the highest can be wrong by a lattice vector;
-`solve_path` picks among them with the whole movie in view. The best maximum is measured again with the window moved
-along with the specimen: a window that stands still pulls towards zero.
+`solve_path` picks among them with the whole movie in view. The best maximum, of equally likely ones the nearest, is
+measured again with the window moved along with the specimen: a window that stands still pulls towards zero.
 
 Sign: if the specimen moved by +d between frames i and j, the shift of the pair (i, j) is +d; −drift is what aligns.
 """
@@ -40,6 +40,13 @@ Bool = NDArray[np.bool_]
 
 _TAU = 2 * np.pi
 _NEWTON_STEPS = 3
+# Part of the greatest height from which on a maximum may be the shift because it is near.
+_PROMINENT = 0.5
+# Maxima within _EVEN (natural logarithm of the likelihood) of the highest are told apart by their nearness alone. It is
+# asked only if a nearer one has _ALIKE of its height, since it costs time.
+_EVEN, _ALIKE = 4.0, 0.8
+# Edge [px] of the square over which a frame is averaged to know how strong its noise is from place to place.
+_LOCAL = 15
 
 
 def pair_list(n_frames: int, *, start: int, stop: int, lags: Sequence[int]) -> Integer:
@@ -66,17 +73,18 @@ def pair_shifts(
     """Measure the shift of each pair of frames.
 
     frames: (n, y, x) [electrons]; pairs: (m, 2) indices into frames; good: (n,), frames that may be used.
-    weight: from `spectral_weight`, of the movie. candidates: how many maxima to keep per pair.
+    weight: from `spectral_weight`, of the movie. candidates: how many of the highest maxima to keep per pair, and how
+    many of the nearest: the maxima of a perfect sheet are legion and noise alone says which is the highest.
     max_shift: largest shift looked for, as a part of the field. taper: as in `spectral_weight`.
     limit: bound on what stands out of a frame, in units of the amplitude that 90 % of its filtered image stays below,
     so that a small bright object that changes (an impurity, a cluster) does not drown the lattice or the support.
-    Returns float64 arrays: dy, dx (m, candidates) [px], best first by height; height (m, candidates), the weighted
-    coherence (1 for equal frames, about 0 for unrelated ones); loglik (m, candidates), log-likelihood relative to the
-    best, calibrated by the scatter of the phases; dy_err, dx_err (m,) [px], standard errors of the best. Missing
+    Returns float64 arrays: dy, dx (m, 2 candidates) [px], best first, the others by height; height (m, 2 candidates),
+    the weighted coherence (1 for equal frames, about 0 for unrelated ones); loglik (m, 2 candidates), log-likelihood
+    relative to the highest, calibrated by the scatter of the phases; dy_err, dx_err (m,) [px], of the best. Missing
     values (pairs with a bad frame, fewer maxima than asked for) are NaN. Each pair depends on its two frames and on
     the weight alone.
     """
-    shapes = dict.fromkeys(("dy", "dx", "height", "loglik"), (len(pairs), candidates))
+    shapes = dict.fromkeys(("dy", "dx", "height", "loglik"), (len(pairs), 2 * candidates))
     shapes |= dict.fromkeys(("dy_err", "dx_err"), (len(pairs), 1))
     result: dict[str, Double] = {name: np.full(size, np.nan) for name, size in shapes.items()}
     correlator = _Correlator((frames.shape[1], frames.shape[2]), weight, taper, device)
@@ -89,7 +97,8 @@ def pair_shifts(
             del known[index]
         for index in (int(i), int(j)):
             if index not in known:
-                known[index] = correlator.transform(limited(tensor(frames[index], device), wiener, limit))
+                image, within = limited(tensor(frames[index], device), wiener, limit)
+                known[index] = correlator.transform(image, correlator.gathering(image, within))
         measured = correlator.measure(known[int(i)], known[int(j)], candidates=candidates, max_shift=max_shift)
         for name, value in measured.items():
             result[name][row] = value
@@ -97,12 +106,17 @@ def pair_shifts(
 
 
 class _Frame(NamedTuple):
-    """An image (y, x), the columns of its spectrum that have weight, of these the rows that have, and their power."""
+    """An image (y, x), the columns of its spectrum that have weight, of these the rows that have, and their power.
+
+    gathering: (2,) y, x: the variance that noise makes of its shift, over that of noise spread evenly over the field
+    and independent from frequency to frequency.
+    """
 
     image: torch.Tensor
     spectrum: torch.Tensor
     inner: torch.Tensor
     power: torch.Tensor
+    gathering: Double
 
 
 class _Peak(NamedTuple):
@@ -111,6 +125,10 @@ class _Peak(NamedTuple):
     value: torch.Tensor
     gradient: torch.Tensor
     hessian: torch.Tensor
+
+    def of(self, order: torch.Tensor) -> _Peak:
+        """These positions alone, in this order."""
+        return _Peak(self.value[order], self.gradient[order], self.hessian[order])
 
 
 class _Correlator:
@@ -127,15 +145,37 @@ class _Correlator:
         self.rows = torch.nonzero(self.weight.amax(dim=1) > 0).ravel()
         self.columns = slice(0, int(torch.nonzero(self.weight.amax(dim=0) > 0).max()) + 1)
         self.weight = self.weight[:, self.columns].contiguous()
-        self.ky, self.kx = _TAU * ky[self.rows].float(), _TAU * kx[self.columns].float()
+        self.full_ky, self.full_kx = _TAU * ky.float(), _TAU * kx[self.columns].float()
+        self.ky, self.kx = self.full_ky[self.rows], self.full_kx
         self.active = (self.weight * multiplicity(shape, device)[:, self.columns].float())[self.rows]
         self.noise = tensor(weight[2], device)[self.rows, self.columns].double()
 
-    def transform(self, image: torch.Tensor) -> _Frame:
+    def transform(self, image: torch.Tensor, gathering: Double) -> _Frame:
         """Return what the pairs of a frame need of it."""
         columns = spectrum(image, self.window)[:, self.columns].contiguous()
         inner = columns[self.rows]
-        return _Frame(image, columns, inner, (inner.real.square() + inner.imag.square()).double())
+        return _Frame(image, columns, inner, (inner.real.square() + inner.imag.square()).double(), gathering)
+
+    def gathering(self, image: torch.Tensor, within: torch.Tensor) -> Double:
+        """How noise gathers where the image tells about its shift (see `_Frame`), (2,) y, x.
+
+        The window makes neighbouring frequencies share their noise, counts vary from place to place, and what was
+        limited, outside of `within` (y, x), has lost its noise with its excess. What matters is the noise where the
+        gradient is, weighted like the correlation.
+        """
+        near = torch.nn.functional.avg_pool2d(
+            image[None, None], _LOCAL, stride=1, padding=_LOCAL // 2, count_include_pad=False
+        )[0, 0]
+        noise = self.window.square() * near.clamp(min=0)
+        average = float(noise.double().mean())
+        weighted = spectrum(image, self.window)[:, self.columns] * self.weight
+        found = np.full(2, self.redundancy)
+        for axis, slope in enumerate((self.full_ky[:, None], self.full_kx)):
+            square = torch.fft.irfft2(weighted * (1j * slope), s=self.shape).square()
+            total = float(square.double().sum()) * average
+            if total > 0:
+                found[axis] = float((square * noise * within).double().sum()) / total
+        return found
 
     def measure(self, first: _Frame, second: _Frame, *, candidates: int, max_shift: float) -> dict[str, Double]:
         """Return the row of `pair_shifts` for two frames."""
@@ -143,23 +183,33 @@ class _Correlator:
         cross = first.inner.conj() * second.inner * self.active
         positions, peak = self._climb(cross, positions)
         order = torch.argsort(peak.value, descending=True, stable=True)
-        positions, value = positions[order], peak.value[order]
+        positions, peak = positions[order], peak.of(order)
+        power, gathering = (first.power + second.power) / 2, (first.gathering + second.gathering) / 2
+        nearer = positions.square().sum(1) < positions[0].square().sum()
+        if bool((nearer & (peak.value > _ALIKE * peak.value[0])).any()):
+            scale, _ = self._scatter(cross, positions[:1], peak, power, gathering)
+            alike = torch.nonzero(scale * (peak.value.double() - peak.value[0].double()) > -_EVEN).ravel()
+            lead = alike[positions[alike].square().sum(1).argmin()]
+            others = torch.arange(len(positions), device=lead.device)
+            order = torch.cat([lead[None], others[others != lead]])
+            positions, peak = positions[order], peak.of(order)
+        value = peak.value
         whole = torch.round(positions[0])
         moved = second
         if bool(whole.any()):
-            moved = self.transform(_moved(second.image, int(whole[0]), int(whole[1])))
+            moved = self.transform(_moved(second.image, int(whole[0]), int(whole[1])), second.gathering)
             cross = first.inner.conj() * moved.inner * self.active
         rest, peak = self._climb(cross, (positions[0] - whole)[None])
-        scale, error = self._scatter(cross, rest, peak, (first.power + moved.power) / 2)
+        scale, error = self._scatter(cross, rest, peak, (first.power + moved.power) / 2, gathering)
         # A maximum that runs away with the moved window was none; its first measurement then stays.
         if float((rest[0] + whole - positions[0]).abs().max()) < 1:
             positions[0] = rest[0] + whole
         norm = torch.sqrt((self.active * first.power).sum() * (self.active * moved.power).sum())
-        missing = candidates - len(positions)
+        missing = 2 * candidates - len(positions)
         pad = [np.nan] * missing
         found = positions.double().cpu().numpy()
         heights = (value.double() / norm.double()).cpu().numpy()
-        loglik = (scale * (value.double() - value[0].double())).cpu().numpy()
+        loglik = (scale * (value.double() - value.max().double())).cpu().numpy()
         return {
             "dy": np.append(found[:, 0], pad),
             "dx": np.append(found[:, 1], pad),
@@ -170,7 +220,10 @@ class _Correlator:
         }
 
     def _maxima(self, cross: torch.Tensor, candidates: int, max_shift: float) -> torch.Tensor:
-        """Return the highest local maxima (k, 2) [px], on whole pixels, of the correlation within max_shift."""
+        """Return local maxima (k, 2) [px], on whole pixels, of the correlation within max_shift.
+
+        The highest, and of those at least half as high the nearest to no shift at all.
+        """
         correlation = torch.fft.irfft2(cross, s=self.shape)
         reach = [max(1, min(int(max_shift * n), (n - 1) // 2 - 1)) for n in self.shape]
         index = [torch.arange(-r - 1, r + 2, device=cross.device) for r in reach]
@@ -178,12 +231,18 @@ class _Correlator:
         around = torch.nn.functional.max_pool2d(area[None, None], 3, stride=1)[0, 0]
         inner = area[1:-1, 1:-1]
         peaks = torch.where(inner >= around, inner, -torch.inf).ravel()
-        height, place = torch.topk(peaks, min(candidates, peaks.numel()))
-        place = place[torch.isfinite(height)]
         width = inner.shape[1]
+        place = torch.nonzero(torch.isfinite(peaks)).ravel()
         if len(place) == 0:
             place = inner.argmax()[None]
-        return torch.stack([place // width - reach[0], place % width - reach[1]], dim=1).float()
+        place = place[torch.argsort(peaks[place], descending=True, stable=True)]
+        where = torch.stack([place // width - reach[0], place % width - reach[1]], dim=1)
+        prominent = int((peaks[place] >= _PROMINENT * peaks[place[0]]).sum())
+        nearest = torch.argsort(where[:prominent].square().sum(1), stable=True)[:candidates]
+        chosen = torch.zeros(len(place), dtype=torch.bool, device=cross.device)
+        chosen[:candidates] = True
+        chosen[nearest] = True
+        return where[chosen].float()
 
     def _evaluate(self, cross: torch.Tensor, positions: torch.Tensor) -> _Peak:
         """Evaluate the correlation exactly, as the trigonometric polynomial it is."""
@@ -219,7 +278,7 @@ class _Correlator:
         return positions, peak
 
     def _scatter(
-        self, cross: torch.Tensor, position: torch.Tensor, peak: _Peak, power: torch.Tensor
+        self, cross: torch.Tensor, position: torch.Tensor, peak: _Peak, power: torch.Tensor, gathering: Double
     ) -> tuple[float, tuple[float, float]]:
         """Return the factor from correlation to log-likelihood, and the standard errors (y, x) of a maximum [px].
 
@@ -246,7 +305,8 @@ class _Correlator:
             independent = float(information.sum() ** 2 / (information**2).sum()) / self.redundancy
             used.append(1 / (1 - 1 / max(independent, 1.5)))
         raised = np.sqrt(np.maximum(np.array(used), np.diag(least) / np.maximum(np.diag(v), 1e-300)))
-        v *= self.redundancy * np.outer(raised, raised)
+        raised *= np.sqrt(gathering)
+        v *= np.outer(raised, raised)
         inverse = np.linalg.inv(h)
         covariance = inverse @ v @ inverse
         scale = float(np.trace(h) / max(np.trace(v), 1e-300))

@@ -41,7 +41,7 @@ def spectral_weight(
     noise = _noise_power(power, radius, max(float(np.mean(sample)), 0.0) * float((window**2).sum()))
     signal = (power - noise * (1 + len(sample) ** -0.5)).clamp(min=0)
     wiener = (limits * signal / (signal + noise)).to(torch.float32)
-    power = _mean_power((limited(tensor(frame, device), wiener, limit) for frame in sample), window)
+    power = _mean_power((limited(tensor(frame, device), wiener, limit)[0] for frame in sample), window)
     signal = (power - noise * (1 + len(sample) ** -0.5)).clamp(min=0)
     other = noise + change * signal
     weight = signal / (other * (other + 2 * signal)) * limits
@@ -61,13 +61,13 @@ def _mean_power(frames: Iterable[torch.Tensor], window: torch.Tensor) -> torch.T
     return _smooth(power / count)
 
 
-def limited(frame: torch.Tensor, wiener: torch.Tensor, limit: float) -> torch.Tensor:
-    """Return the frame less what of its filtered image is out of bounds (see `pair_shifts`); its noise stays."""
+def limited(frame: torch.Tensor, wiener: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the frame less what of its filtered image is out of bounds (see `pair_shifts`), and where none was."""
     image = torch.fft.irfft2(torch.fft.rfft2(frame - frame.mean()) * wiener, s=frame.shape)
     few = image[::4, ::4].abs().ravel()
     bound = limit * float(torch.kthvalue(few, max(1, int(_COMMON * len(few)))).values)
     excess: torch.Tensor = image - image.clamp(-bound, bound)
-    return frame - excess
+    return frame - excess, excess == 0
 
 
 def _noise_power(power: torch.Tensor, radius: torch.Tensor, poisson: float) -> torch.Tensor:

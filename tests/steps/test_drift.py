@@ -121,6 +121,28 @@ def test_a_perfect_crystal_does_not_slip(seed: int) -> None:
     assert np.abs(path.drift - truth).max() < 1.0
 
 
+@pytest.mark.parametrize("seed", [0, 4])
+def test_a_perfect_crystal_whose_highest_maximum_noise_chooses_does_not_slip(seed: int) -> None:
+    frames, truth = movie(seed, kind="crystal", dose=0.3, step=0.8)
+    _, _, path = measure(frames)
+    assert np.abs(path.drift - truth).max() < 1.0
+
+
+@pytest.mark.parametrize("kind", ["particle", "crystal"])
+def test_errors_of_pairs_are_calibrated(kind: str) -> None:
+    inside = []
+    for seed in range(6):
+        frames, truth = movie(seed, kind=kind, dose=5.8, frames=16)
+        pairs, shifts, _ = measure(frames)
+        step = truth[pairs[:, 1]] - truth[pairs[:, 0]]
+        for axis, name in enumerate(("dy", "dx")):
+            away = np.abs(shifts[name] - step[:, [axis]])
+            right = np.nanmin(away, axis=1) < 1
+            best = np.take_along_axis(away, np.nanargmin(away, axis=1)[:, None], 1)[:, 0]
+            inside.append((best < shifts[f"{name}_err"])[right])
+    assert 0.6 < np.concatenate(inside).mean() < 0.76
+
+
 def test_one_bright_object_that_jumps_does_not_carry_the_crystal_with_it() -> None:
     rng = np.random.default_rng(3)
     truth = walk(rng, 20, 0.5)
