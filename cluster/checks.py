@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import socket
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import dask.config
 from distributed import Client
 
 import schemas
@@ -41,6 +45,26 @@ def describe_process() -> dict[str, Any]:
     }
 
 
+def report_from(token: str) -> dict[str, Any]:
+    """What a worker finds: its host and clock, whether it sees the file `token` and may write to its scratch folder."""
+    import torch
+
+    folder = Path(dask.config.get("temporary-directory") or tempfile.gettempdir())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            scratch = True
+    except OSError:
+        scratch = False
+    return {
+        "host": socket.gethostname(),
+        "time": time.time(),
+        "reachable": Path(token).is_file(),
+        "folder": str(folder),
+        "scratch": scratch,
+        "cuda": torch.cuda.is_available(),
+    }
+
+
 def check_workers(client: Client, profile: Profile) -> None:
     """Wait for a worker, then compare every worker with this process; all differences at once."""
     wanted = profile.workers or 1
@@ -56,11 +80,8 @@ def check_workers(client: Client, profile: Profile) -> None:
     for address, theirs in client.run(describe_process).items():
         # Processes started here from the same folder run the same files by construction.
         same_place = profile.kind in ("local", "cuda") and theirs["root"] == ours["root"]
-        for key, value in ours.items():
-            if key not in ("root", "cuda", "code" if same_place else "") and theirs[key] != value:
-                differences.append(f"{address}: {key} is {theirs[key]}, here {value} (imported from {theirs['root']})")
-        if profile.device == "cuda" and not theirs["cuda"]:
-            differences.append(f"{address}: a GPU was asked for, but torch sees none")
+        known = {**theirs, "code": ours["code"]} if same_place else theirs
+        differences += differences_of(known, ours, place=address, device=profile.device)
     if differences:
         raise ResourceError(
             "workers differ from this process; install the same copy everywhere:\n  " + "\n  ".join(differences)
@@ -70,6 +91,18 @@ def check_workers(client: Client, profile: Profile) -> None:
             f"worker(s) {', '.join(missing)} declare no resources, so no task would ever start; "
             'start them with `dask worker … --resources "CPU=1" --nthreads 1`'
         )
+
+
+def differences_of(theirs: dict[str, Any], ours: dict[str, Any], *, place: str, device: str) -> list[str]:
+    """What of another process is not as here, a line each."""
+    found = [
+        f"{place}: {key} is {theirs[key]}, here {value} (imported from {theirs['root']})"
+        for key, value in ours.items()
+        if key not in ("root", "cuda") and theirs[key] != value
+    ]
+    if device == "cuda" and not theirs["cuda"]:
+        found.append(f"{place}: a GPU was asked for, but torch sees none")
+    return found
 
 
 def _resources(client: Client) -> dict[str, dict[str, float]]:

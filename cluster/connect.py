@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import dask.config
 import psutil
-from distributed import Client, Security, Worker, WorkerPlugin
+from distributed import Client, LocalCluster, Security, Worker, WorkerPlugin
 from distributed.comm import connect as dial
 from distributed.core import Status
+from distributed.utils import get_ip, get_ip_interface
 
-from cluster.checks import check_workers
+from cluster.batch import settings_for_workers
+from cluster.checks import check_workers, describe_process, differences_of
 from cluster.gpu import cuda_cluster
 from cluster.local import local_cluster
+from cluster.pool import FAILURES, Pool
 from schemas.errors import ResourceError
 from schemas.profiles import Profile
 
@@ -60,10 +66,25 @@ class IgnoreInterrupts(WorkerPlugin):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+class SameCopy(WorkerPlugin):
+    """Refuses to start a worker that would not run this very copy: they come and go all night."""
+
+    name = "same-copy"
+
+    def __init__(self, ours: dict[str, Any], device: str) -> None:
+        self.ours, self.device = ours, device
+
+    def setup(self, worker: Worker) -> None:
+        """Called as each worker starts."""
+        if found := differences_of(describe_process(), self.ours, place=worker.address, device=self.device):
+            raise ResourceError("this worker differs from its driver:\n  " + "\n  ".join(found))
+
+
 @contextmanager
-def connect(profile: Profile) -> Iterator[Client | None]:
+def connect(profile: Profile, folder: Path | None = None) -> Iterator[Client | None]:
     """A client whose workers were checked to run this very copy; None for the serial profile.
 
+    folder: for the scripts, logs and state of the workers of a batch system; default: ``cluster`` in this folder.
     Raises ``ResourceError`` that says what was asked, what was found and what to do.
     """
     if profile.kind == "serial":
@@ -82,11 +103,50 @@ def connect(profile: Profile) -> Iterator[Client | None]:
                 check_workers(client, profile)
                 yield client
             return
+        if profile.is_batch:
+            with _batch(profile, folder or Path.cwd() / "cluster") as client:
+                yield client
+            return
         start = cuda_cluster if profile.kind == "cuda" else local_cluster
         with _closing(start(profile)) as cluster, Client(cluster, set_as_default=False) as client:
             client.register_plugin(IgnoreInterrupts())
             check_workers(client, profile)
             yield client
+
+
+@contextmanager
+def _batch(profile: Profile, folder: Path) -> Iterator[Client]:
+    """A scheduler here, and workers that are jobs of a batch system."""
+    host = get_ip_interface(profile.batch.interface) if profile.batch.interface else get_ip()
+    cluster = LocalCluster(
+        n_workers=0, host=host, silence_logs=logging.CRITICAL,
+        dashboard_address=profile.dashboard or "127.0.0.1:0",
+        scheduler_kwargs={"dashboard": profile.dashboard is not None},
+    )  # fmt: skip
+
+    def names() -> list[str]:
+        return [str(worker.name) for worker in list(cluster.scheduler.workers.values())]
+
+    pool = Pool(profile, cluster.scheduler_address, folder, settings_for_workers(), names)
+    with _closing(cluster), Client(cluster, set_as_default=False) as client:
+        try:
+            pool.start()
+            _wait_for_first(client, pool, profile.start_timeout)
+            check_workers(client, profile.model_copy(update={"workers": 1}))
+            client.register_plugin(SameCopy(describe_process(), profile.device))
+            yield client
+        finally:
+            pool.close()
+
+
+def _wait_for_first(client: Client, pool: Pool, timeout: float) -> None:
+    end = time.monotonic() + timeout
+    while not client.nthreads():
+        if time.monotonic() > end:
+            raise ResourceError(f"no worker came within {timeout:g} s (start_timeout). {pool.reasons()}")
+        if pool.failures >= FAILURES:
+            raise ResourceError(f"{pool.failures} worker jobs ended before their worker called. {pool.reasons()}")
+        time.sleep(0.3)
 
 
 async def _call_up(address: str | None, timeout: float) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
+from pipeline.cli_cluster import cancel, cluster_app, submit
 from pipeline.cli_models import models
 from pipeline.cli_run import Signals, logs, resumable, without_redo
 from schemas.errors import ColonnadeError, ResourceError, SettingsError
@@ -32,7 +33,7 @@ DONE, BUG, USER, QUARANTINED, SITE = 0, 1, 2, 3, 4
 
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="a setting, section.key=value; may be repeated")]
 ClusterOption = Annotated[
-    str | None, typer.Option("--cluster", help="local, serial, cuda, tcp://host:port, or a profile file")
+    str | None, typer.Option("--cluster", help="local, serial, cuda, slurm …, tcp://host:port, or a profile file")
 ]
 OutputOption = Annotated[Path | None, typer.Option("-o", "--output", help="folder of the runs")]
 SourcesArgument = Annotated[list[str], typer.Argument(help="a job file (.yaml), or movie files, folders and globs")]
@@ -113,7 +114,8 @@ def run(
     again = shlex.join(without_redo(sys.argv))
     with logs(job.output), Signals() as signals:
         logging.getLogger("colonnade").info("run: %s", shlex.join(sys.argv))
-        with connect(profile) as client, display(console) as progress, resumable(again, signals, console):
+        workers = connect(profile, job.output / "cluster")
+        with workers as client, display(console) as progress, resumable(again, signals, console):
             outcomes = run_job(
                 job, client=client, device=profile.device, redo=redo, progress=progress, stop=signals.stop
             )
@@ -158,12 +160,15 @@ def check(
     sources: SourcesArgument, output: OutputOption = None, overrides: SetOption = None, cluster: ClusterOption = None
 ) -> None:
     """Validate settings, sources and environment without computing; lists all problems."""
+    from pipeline.cli_cluster import check_cluster
     from pipeline.preflight import problems_of
     from schemas.profiles import load_profile
 
     job = _job(sources, output, overrides)
-    load_profile(cluster)
+    profile = load_profile(cluster)
     found, facts = problems_of(job)
+    if cluster is not None and not found:
+        facts = [*facts, *check_cluster(profile, job.output)]
     for fact in facts:
         out.print(fact, markup=False)
     if found:
@@ -221,8 +226,11 @@ def ingest(
 @app.command()
 def status(folder: Annotated[Path, typer.Argument(help="folder of the runs")]) -> None:
     """How far a job is, from the files alone."""
+    from cluster.pool import describe
     from pipeline.results import status as state
 
+    for line in describe((folder.parent if folder.suffix == ".zarr" else folder) / "cluster"):
+        out.print(line, markup=False)
     out.print(state.as_text(state.status(folder)), markup=False)
 
 
@@ -286,6 +294,9 @@ def demo(
     run_demo(folder, profile_name=cluster, console=console, out=out)
 
 
+app.command()(submit)
+app.command()(cancel)
+app.add_typer(cluster_app)
 app.add_typer(models)
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from types import FrameType
 import typer
 from rich.console import Console
 
+# A batch system sends TERM to every process of a job, and the shell of our driver passes its own on.
+SAME_SIGNAL = 2.0  # s within which a second TERM is the first one again
 CLOSING_SECONDS = 30.0  # for workers to end after a stop; then the driver leaves, and they with it
 
 
@@ -42,7 +45,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.stop = threading.Event()
-        self.number = 0
+        self.number, self.since = 0, 0.0
 
     def __enter__(self) -> Signals:
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -55,9 +58,12 @@ class Signals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.stop.is_set():
+            if number == signal.SIGTERM == self.number and now - self.since < SAME_SIGNAL:
+                return
             os._exit(128 + number)
-        self.number = number
+        self.number, self.since = number, now
         self.stop.set()
 
 

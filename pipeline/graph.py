@@ -26,6 +26,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 STOP_POLL = 0.3  # s
+WIDTH_SECONDS = 5.0  # between two looks at how many workers there are
 NO_WORKERS = 600.0  # s without any worker after which waiting is given up
 
 
@@ -55,9 +56,7 @@ def stream(
                 raise Stopped
             yield item, single_threaded(function, item)
         return
-    yield from _stream_on_cluster(
-        client, function, iter(items), label, stop, resources or {"CPU": 1}, in_flight or 2 * len(client.nthreads())
-    )
+    yield from _stream_on_cluster(client, function, iter(items), label, stop, resources or {"CPU": 1}, in_flight)
 
 
 @functools.cache
@@ -83,6 +82,7 @@ def _stream_on_cluster(
 ) -> Iterator[tuple[Item, Result]]:
     futures: dict[Future[Result], Item] = {}
     finished: queue.SimpleQueue[Future[Result]] = queue.SimpleQueue()
+    width, asked = in_flight or 2 * len(client.nthreads()), time.monotonic()
 
     def send(item: Item) -> None:
         key = f"{label}-{uuid.uuid4().hex}"
@@ -91,7 +91,11 @@ def _stream_on_cluster(
         future.add_done_callback(finished.put)
 
     def refill() -> None:
-        while len(futures) < max(1, in_flight):
+        nonlocal width, asked
+        # Workers of a batch system come and go; to ask for each block would cost more than it gains.
+        if not in_flight and time.monotonic() - asked > WIDTH_SECONDS:
+            width, asked = 2 * len(client.nthreads()), time.monotonic()
+        while len(futures) < max(1, width):
             try:
                 send(next(pending))
             except StopIteration:

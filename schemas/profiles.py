@@ -11,11 +11,36 @@ from pydantic import Field, ValidationError
 from schemas.errors import SettingsError
 from schemas.settings import Section
 
+WALLTIME = r"^(\d+-)?\d+:\d\d:\d\d$"
+BATCH_KINDS = ("slurm", "pbs", "lsf", "sge", "htcondor")
+
+
+class Batch(Section):
+    """What a batch system is asked for. What is left out comes from the user's ``jobqueue.yaml``, if there is one."""
+
+    queue: str | None = Field(None, description="partition or queue of the workers")
+    account: str | None = Field(None, description="account that is charged")
+    walltime: str | None = Field(None, pattern=WALLTIME, description="of a worker, [d-]hh:mm:ss")
+    cores: int | None = Field(None, ge=1, description="cores per worker; it computes on one of them")
+    gpus: int = Field(0, ge=0, description="GPUs per worker; a worker uses one")
+    interface: str | None = Field(None, description="network interface between driver and workers, such as ib0")
+    directives: tuple[str, ...] = Field((), description="more options of the batch script, such as --constraint=a100")
+    prologue: tuple[str, ...] = Field((), description="shell lines before the worker, such as module load cuda")
+    driver_queue: str | None = Field(None, description="partition or queue of the driver; default: that of the workers")
+    driver_walltime: str = Field(
+        "12:00:00", pattern=WALLTIME, description="of the driver, which requeues itself before it ends"
+    )
+    driver_memory: float = Field(4.0, gt=0, description="GB of the driver")
+    warning: int = Field(180, ge=60, description="seconds before its walltime at which the driver saves and requeues")
+    poll: float = Field(10.0, gt=0, description="seconds between two questions to the batch system")
+
 
 class Profile(Section):
     """A place to run. ``serial`` computes in this process, without any scheduler."""
 
-    kind: Literal["local", "serial", "cuda", "address"] = Field("local", description="local, serial, cuda or address")
+    kind: Literal["local", "serial", "cuda", "address", "slurm", "pbs", "lsf", "sge", "htcondor"] = Field(
+        "local", description="local, serial, cuda, address, or a batch system: slurm, pbs, lsf, sge, htcondor"
+    )
     workers: Annotated[int, Field(ge=1)] | None = Field(
         None, description="worker processes; default: one per core that memory allows, or one per GPU"
     )
@@ -23,25 +48,33 @@ class Profile(Section):
     address: str | None = Field(None, description="address of a running scheduler, tcp://host:port")
     dashboard: str | None = Field(None, description="host:port of Dask's dashboard; default: none")
     local_directory: Path | None = Field(None, description="fast local folder for workers' scratch files")
-    start_timeout: float = Field(120.0, gt=0, description="seconds to wait for the first worker")
+    start_timeout: float = Field(
+        120.0, gt=0, description="seconds to wait for the first worker; of a batch system: for as long as queues are"
+    )
+    batch: Batch = Field(default_factory=Batch, description="what a batch system is asked for")
 
     @property
     def device(self) -> str:
         """The device that numeric steps use."""
-        return "cuda" if self.kind == "cuda" else "cpu"
+        return "cuda" if self.kind == "cuda" or (self.is_batch and self.batch.gpus) else "cpu"
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether workers are jobs of a batch system."""
+        return self.kind in BATCH_KINDS
 
 
 def load_profile(name: str | None) -> Profile:
-    """A profile by name (local, serial, cuda), scheduler address (tcp://…), or YAML file."""
-    if name is None or name in ("local", "serial", "cuda"):
+    """A profile by name (local, serial, cuda, slurm …), scheduler address (tcp://…), or YAML file."""
+    if name is None or name in ("local", "serial", "cuda", *BATCH_KINDS):
         return Profile.model_validate({"kind": name or "local"})
     if "://" in name:
         return Profile(kind="address", address=name)
     path = Path(name).expanduser()
     if not path.is_file():
         raise SettingsError(
-            f"{name!r} is no cluster profile; expected local, serial, cuda, an address such as tcp://host:8786, "
-            "or a YAML file"
+            f"{name!r} is no cluster profile; expected local, serial, cuda, {', '.join(BATCH_KINDS)}, an address such "
+            "as tcp://host:8786, or a YAML file"
         )
     try:
         data = yaml.safe_load(path.read_text()) or {}

@@ -31,7 +31,16 @@ from pipeline.steps.drift_weight import (
     window_of,
 )
 
-__all__ = ["DriftPath", "common_field", "pair_list", "pair_shifts", "solve_path", "spectral_weight", "whole_pixels"]
+__all__ = [
+    "DriftPath",
+    "common_field",
+    "estimate",
+    "pair_list",
+    "pair_shifts",
+    "solve_path",
+    "spectral_weight",
+    "whole_pixels",
+]
 
 Float = NDArray[np.float32]
 Double = NDArray[np.float64]
@@ -103,6 +112,29 @@ def pair_shifts(
         for name, value in measured.items():
             result[name][row] = value
     return {name: value[:, 0] if name.endswith("_err") else value for name, value in result.items()}
+
+
+def estimate(
+    frames: Float,
+    *,
+    good: Bool,
+    lags: Sequence[int],
+    band: tuple[float, float],
+    taper: float,
+    change: float,
+    limit: float,
+    candidates: int,
+    max_shift: float,
+    max_motion: float,
+    cauchy: float,
+) -> DriftPath:
+    """The drift of a movie (n, y, x) [electrons] that fits in memory: what a run does block by block, in one go."""
+    weight = spectral_weight(frames[good], band=band, taper=taper, change=change, limit=limit)
+    pairs = pair_list(len(frames), start=0, stop=len(frames), lags=lags)
+    shifts = pair_shifts(
+        frames, pairs, good=good, weight=weight, candidates=candidates, max_shift=max_shift, taper=taper, limit=limit
+    )
+    return solve_path(len(frames), pairs, shifts, good=good, max_motion=max_motion, cauchy=cauchy)
 
 
 class _Frame(NamedTuple):

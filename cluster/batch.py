@@ -1,0 +1,197 @@
+"""Batch systems: the scripts of workers and drivers, and how to submit, ask for and cancel jobs.
+
+dask-jobqueue writes the scripts, because it knows the dialects.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import dask.config
+
+from schemas.errors import ResourceError, SettingsError
+from schemas.profiles import Profile
+
+log = logging.getLogger("colonnade")
+
+# Of a worker for which neither the profile nor jobqueue.yaml says.
+DEFAULTS = {"memory": "4GB", "cores": 1, "walltime": "01:00:00"}
+# How a job knows its own number: the name of its worker.
+JOB_NUMBER = {"slurm": "$SLURM_JOB_ID", "pbs": "$PBS_JOBID", "lsf": "$LSB_JOBID", "sge": "$JOB_ID"}
+COMMAND_SECONDS = 60.0
+# Workers leave on their own terms before the batch system ends them, and not all at once: results that one holds are
+# fetched within seconds, but a whole pool that ends at one moment leaves nobody to work on.
+LIFETIME, STAGGER, LEAST_LIFETIME = 0.9, 0.1, 600.0
+DEATH_TIMEOUT = 60  # s after which a worker that finds no scheduler ends its job
+# A job that is submitted from within another must not inherit what that one was given.
+_INHERITED = re.compile(r"^(SLURM|SBATCH|SRUN|PMI|PBS|LSB|PE)_(?!CONF$)")
+
+
+def job_class(kind: str) -> Any:
+    """The dialect of a batch system, from dask-jobqueue."""
+    import dask_jobqueue as dialects
+
+    names = {"slurm": "SLURM", "pbs": "PBS", "lsf": "LSF", "sge": "SGE", "htcondor": "HTCondor"}
+    return getattr(dialects, f"{names[kind]}Cluster").job_cls
+
+
+def seconds_of(walltime: str) -> float:
+    """[d-]hh:mm:ss, or hh:mm as LSF has it, in seconds."""
+    days, _, clock = walltime.rpartition("-")
+    parts = [int(part) for part in clock.split(":")] + [0]
+    return int(days or 0) * 86400 + parts[0] * 3600 + parts[1] * 60 + parts[2]
+
+
+def _wanted(profile: Profile, name: str, value: Any) -> Any:
+    """What the profile says, else the user's jobqueue.yaml, else our default."""
+    return value or dask.config.get(f"jobqueue.{profile.kind}.{name}", None) or DEFAULTS[name]
+
+
+def _job(profile: Profile, *, name: str, scheduler: str, logs: Path, walltime: str, **options: Any) -> Any:
+    batch = profile.batch
+    given = {"queue": batch.queue, "account": batch.account, "walltime": walltime, **options}
+    if profile.kind == "htcondor":  # it has neither queues nor walltimes, but wants to know of the disk
+        for word in ("queue", "account", "walltime"):
+            given.pop(word)
+        given["disk"] = "1GB"
+    if profile.kind == "lsf":
+        given["project"] = given.pop("account")
+        given["walltime"] = walltime.rpartition(":")[0] if walltime.count(":") == 2 else walltime  # it has no seconds
+    known = {word: value for word, value in given.items() if value is not None}
+    local = str(profile.local_directory) if profile.local_directory else None
+    return job_class(profile.kind)(
+        scheduler=scheduler, name=name, job_name=name, cores=_wanted(profile, "cores", batch.cores),
+        processes=1, python=sys.executable, log_directory=str(logs), local_directory=local, interface=batch.interface,
+        death_timeout=DEATH_TIMEOUT, **known,
+    )  # fmt: skip
+
+
+def worker_script(profile: Profile, *, scheduler: str = "tcp://DRIVER:PORT", logs: Path, settings: str = "…") -> str:
+    """The batch script of one worker. settings: Dask's, serialised."""
+    batch = profile.batch
+    resources = '"CPU=1,GPU=1"' if batch.gpus else '"CPU=1"'
+    extra = ["--resources", resources]
+    walltime = str(_wanted(profile, "walltime", batch.walltime))
+    if (span := seconds_of(walltime)) >= LEAST_LIFETIME:
+        extra += ["--lifetime", f"{LIFETIME * span:.0f}s", "--lifetime-stagger", f"{STAGGER * span:.0f}s"]
+    directives = [*batch.directives, *([f"--gres=gpu:{batch.gpus}"] if batch.gpus and profile.kind == "slurm" else [])]
+    prologue = [*batch.prologue, "export OMP_NUM_THREADS=1", f"export DASK_INTERNAL_INHERIT_CONFIG={settings}"]
+    memory = _wanted(profile, "memory", f"{profile.memory:g}GB" if profile.memory else None)
+    made = _job(
+        profile, name="colonnade-worker", scheduler=scheduler, logs=logs, walltime=walltime, memory=memory,
+        worker_extra_args=extra, job_extra_directives=directives or None, job_script_prologue=prologue,
+    )  # fmt: skip
+    # One thread computes, whatever the number of cores: results must not depend on it. Names must differ.
+    script = re.sub(r"--nthreads \d+", "--nthreads 1", made.job_script())
+    number = JOB_NUMBER.get(profile.kind)
+    return script.replace("--name colonnade-worker", f'--name "{number}"' if number else "")
+
+
+def driver_script(profile: Profile, command: list[str], *, folder: Path, logs: Path) -> str:
+    """The batch script of the driver: run, and ahead of the walltime save and come back.
+
+    USR1 is the batch system's warning: stop after the blocks in flight, then requeue. TERM is a user's cancel: stop.
+    """
+    batch = profile.batch
+    if profile.kind == "htcondor":
+        raise SettingsError(
+            "HTCondor runs no scripts of ours as drivers; start `colonnade run … --cluster PROFILE` on a submit node"
+        )
+    slurm = profile.kind == "slurm"
+    directives = [f"--signal=B:USR1@{batch.warning}", "--requeue", "--open-mode=append"] if slurm else []
+    made = _job(
+        profile, name="colonnade-driver", scheduler="none", logs=logs, memory=f"{batch.driver_memory:g}GB",
+        queue=batch.driver_queue or batch.queue, walltime=batch.driver_walltime,
+        job_extra_directives=[*directives, *batch.directives] or None,
+    )  # fmt: skip
+    words = " ".join(_quoted(word) for word in command)
+    again = 'scontrol requeue "$SLURM_JOB_ID"' if slurm else 'echo "run the same command again to go on"'
+    return f"""{made.shebang}
+
+{made.job_header}
+cd {_quoted(str(folder))} || exit 4
+{chr(10).join(batch.prologue)}
+{words} &
+child=$!
+again=0
+trap 'again=1; kill -TERM $child' USR1
+trap 'kill -TERM $child' TERM INT
+wait $child
+code=$?
+while kill -0 $child 2>/dev/null; do wait $child; code=$?; done
+if [ $again = 1 ] && [ $code -ge 128 ]; then {again}; fi
+exit $code
+"""
+
+
+def _quoted(word: str) -> str:
+    return "'" + word.replace("'", "'\\''") + "'"
+
+
+def submit(profile: Profile, script: str, folder: Path) -> str:
+    """Hand a script to the batch system; the number of the job. ``ResourceError`` with its words if it refuses."""
+    made = job_class(profile.kind)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".sh", delete=False) as file:
+        file.write(script)
+    environment = {name: value for name, value in os.environ.items() if not _INHERITED.match(name)}
+    words = [*made.submit_command.split(), file.name]
+    try:
+        if made.submit_command.endswith("bsub"):  # LSF reads scripts from its standard input
+            answer = _run(words[:-1], environment, Path(file.name).read_text())
+        else:
+            answer = _run(words, environment)
+    finally:
+        Path(file.name).unlink()
+    if (found := re.search(made.job_id_regexp, answer)) is None:
+        raise ResourceError(f"{made.submit_command} answered {answer!r}; expected the number of the job")
+    return found.group("job_id")
+
+
+def cancel(profile: Profile, jobs: list[str]) -> None:
+    """End jobs; those that have ended already are no error."""
+    if jobs:
+        with suppress(ResourceError):
+            _run([*job_class(profile.kind).cancel_command.split(), *jobs], dict(os.environ))
+
+
+def _run(words: list[str], environment: dict[str, str], text: str | None = None) -> str:
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, input=text, timeout=COMMAND_SECONDS, check=False, env=environment
+        )
+    except FileNotFoundError:
+        raise ResourceError(
+            f"{words[0]} is not on this machine; run on a login node of the cluster, or use --cluster local"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise ResourceError(f"{words[0]} did not answer within {COMMAND_SECONDS:g} s; try again later") from None
+    if done.returncode:
+        raise ResourceError(f"{words[0]} refused: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
+
+
+def states_of(profile: Profile, jobs: list[str]) -> dict[str, tuple[str, str]] | None:
+    """State and reason of each job that the batch system still has; None if it cannot be asked."""
+    if profile.kind != "slurm" or not jobs:
+        return None
+    try:
+        answer = _run(["squeue", "-h", "--me", "-o", "%i|%T|%r"], dict(os.environ))
+    except ResourceError as error:
+        log.debug("squeue: %s", error)
+        return None
+    rows = [line.split("|", 2) for line in answer.splitlines() if line.count("|") >= 2]
+    return {job: (state, reason) for job, state, reason in rows if job in jobs}
+
+
+def settings_for_workers() -> str:
+    """Dask's settings of this process as one word, for processes that it does not start itself."""
+    return str(dask.config.serialize(dask.config.global_config))

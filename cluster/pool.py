@@ -1,0 +1,189 @@
+"""As many worker jobs of a batch system as were asked for, for as long as a run takes.
+
+dask-jobqueue replaces no worker that died, never notices a job that was cancelled while it waited, and only logs a
+refused one; so the batch system is asked, and what is missing is submitted again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.batch import COMMAND_SECONDS, cancel, states_of, submit, worker_script
+from schemas.errors import ResourceError
+from schemas.profiles import Profile
+
+log = logging.getLogger("colonnade")
+
+# So many jobs in a row that ended without their worker ever calling are no bad luck.
+FAILURES = 4
+DRIVER_FILE, WORKERS_FILE = "driver.json", "workers.json"
+_WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "SUSPENDED", "RESV_DEL_HOLD", "REQUEUE_HOLD"}
+_RUNNING = {"RUNNING", "COMPLETING", "STOPPED"}
+
+
+@dataclass
+class Worker:
+    """One job: what the batch system says of it, and whether its worker has called."""
+
+    job: str
+    submitted: float
+    state: str = "PENDING"
+    reason: str = ""
+    called: bool = False
+
+
+@dataclass
+class Pool:
+    """As many worker jobs as the profile asks for, until it is closed; one thread watches.
+
+    folder: where its scripts, logs and ``state.json`` go, for ``colonnade status`` and ``colonnade cancel``.
+    names: the names of the workers that the scheduler knows, which are the numbers of their jobs.
+    """
+
+    profile: Profile
+    scheduler: str
+    folder: Path
+    settings: str
+    names: Callable[[], Collection[str]]
+    workers: dict[str, Worker] = field(default_factory=dict)
+    ended: int = 0
+    failures: int = 0
+    refused: str = ""
+
+    def __post_init__(self) -> None:
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._watch, name="batch-pool", daemon=True)
+
+    @property
+    def wanted(self) -> int:
+        """Worker jobs to keep."""
+        return self.profile.workers or 1
+
+    def start(self) -> None:
+        """Submit the first jobs; raises ``ResourceError`` if they are refused."""
+        for _ in range(self.wanted):
+            self._submit()
+        self._write()
+        self._thread.start()
+
+    def close(self) -> None:
+        """Cancel all jobs and stop watching."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(COMMAND_SECONDS)
+        with self._lock:
+            cancel(self.profile, list(self.workers))
+            self.workers.clear()
+        self._write()
+
+    def reasons(self) -> str:
+        """What the batch system says of the jobs, in words."""
+        with self._lock:
+            said = sorted({f"{w.state} ({w.reason})" if w.reason else w.state for w in self.workers.values()})
+        text = f"{len(self.workers)} job(s) of {self.profile.kind}: {', '.join(said) or 'none left'}"
+        text += f"; {self.ended} ended" if self.ended else ""
+        text += f"; refused: {self.refused}" if self.refused else ""
+        return f"{text}; their logs are in {self.folder / 'logs'}"
+
+    def _submit(self) -> None:
+        script = worker_script(
+            self.profile, scheduler=self.scheduler, logs=self.folder / "logs", settings=self.settings
+        )
+        job = submit(self.profile, script, self.folder)
+        with self._lock:
+            self.workers[job] = Worker(job, time.time())
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.profile.batch.poll):
+            try:
+                self._look()
+            except Exception:  # the night must not end because a question was answered oddly
+                log.exception("looking after the worker jobs failed; trying again")
+
+    def _look(self) -> None:
+        states, names = states_of(self.profile, list(self.workers)), set(self.names())
+        with self._lock:
+            for worker in self.workers.values():
+                worker.called = worker.called or worker.job in names
+                if states is not None and worker.job in states:
+                    worker.state, worker.reason = states[worker.job]
+            gone = [] if states is None else [w for w in self.workers.values() if not _alive(states.get(w.job))]
+            for worker in gone:
+                del self.workers[worker.job]
+                self.ended += 1
+                self.failures = 0 if worker.called else self.failures + 1
+        for worker in gone:
+            log.warning("worker job %s has ended%s", worker.job, "" if worker.called else " before its worker called")
+        if self.failures < FAILURES:
+            try:
+                while len(self.workers) < self.wanted and not self._stop.is_set():
+                    self._submit()
+                self.refused = ""
+            except ResourceError as error:
+                self.refused = str(error)
+                log.warning("no new worker: %s; trying again", error)
+        elif gone:
+            log.error("%d worker jobs in a row ended before their worker called; no more are submitted", self.failures)
+        self._write()
+
+    def _write(self) -> None:
+        state = {
+            "kind": self.profile.kind,
+            "wanted": self.wanted,
+            "workers": [asdict(worker) for worker in self.workers.values()],
+            "ended": self.ended,
+            "refused": self.refused,
+            "updated": time.time(),
+        }
+        write_state(self.folder / WORKERS_FILE, state)
+
+
+def _alive(state: tuple[str, str] | None) -> bool:
+    return state is not None and (state[0] in _WAITING or state[0] in _RUNNING)
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Replace a small JSON file in one step; whoever reads it sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(json.dumps(state))
+    fresh.replace(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A small JSON file, empty if there is none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def describe(folder: Path) -> list[str]:
+    """Lines on the driver and the workers, from the files beside the runs and, if it can be asked, the batch system."""
+    lines = []
+    if driver := read_state(folder / DRIVER_FILE):
+        profile = Profile(kind=driver["kind"])
+        states = states_of(profile, [driver["job"]])
+        state = (
+            "not asked" if states is None else " ".join(filter(None, states.get(driver["job"], ("no longer queued",))))
+        )
+        lines.append(f"driver job {driver['job']} of {driver['kind']}: {state}")
+    if pool := read_state(folder / WORKERS_FILE):
+        count = Counter(worker["state"].lower() for worker in pool["workers"])
+        said = ", ".join(f"{number} {state}" for state, number in sorted(count.items())) or "none"
+        age = time.time() - pool["updated"]
+        lines.append(f"workers: {said} of {pool['wanted']} wanted, {pool['ended']} ended, as of {age:.0f} s ago")
+        reasons = {worker["reason"] for worker in pool["workers"] if worker["state"] == "PENDING"} - {"", "None"}
+        lines += [f"waiting for: {', '.join(sorted(reasons))}"] if reasons else []
+        lines += [f"refused: {pool['refused']}"] if pool["refused"] else []
+    return lines

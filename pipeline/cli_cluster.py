@@ -1,0 +1,119 @@
+"""Commands for batch systems: submit a night's job, cancel it, show what would be submitted, try a cluster out."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from schemas.errors import ResourceError, SettingsError
+from schemas.profiles import Profile
+
+cluster_app = typer.Typer(name="cluster", help="Batch systems.", no_args_is_help=True)
+out = Console(soft_wrap=True, highlight=False)
+
+CLOCK_SKEW = 5.0  # s between two machines from which on times in the records mislead
+
+
+def batch_profile(name: str) -> Profile:
+    """A profile of a batch system; ``SettingsError`` for any other."""
+    from schemas.profiles import BATCH_KINDS, load_profile
+
+    profile = load_profile(name)
+    if not profile.is_batch:
+        raise SettingsError(
+            f"--cluster {name!r} is of kind {profile.kind}; expected a batch system ({', '.join(BATCH_KINDS)}); for "
+            "others use `colonnade run`"
+        )
+    return profile
+
+
+def submit(
+    job: Annotated[Path, typer.Argument(help="job file (.yaml)")],
+    cluster: Annotated[str, typer.Option("--cluster", help="slurm, pbs, lsf, sge, or a profile file")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="a setting, section.key=value")] = None,
+) -> None:
+    """Submit a job to a batch system, driver and all; it ends by itself, and continues after its walltime."""
+    from cluster import batch, pool
+    from pipeline.preflight import problems_of
+    from schemas.jobfile import load_job
+
+    profile, wanted = batch_profile(cluster), load_job(job, overrides or [])
+    found, _ = problems_of(wanted)
+    if found:
+        raise SettingsError(f"{len(found)} problem(s)\n  " + "\n  ".join(found))
+    folder = wanted.output.resolve() / "cluster"
+    before = pool.read_state(folder / pool.DRIVER_FILE)
+    if before and before["job"] in (batch.states_of(profile, [before["job"]]) or {}):
+        raise SettingsError(
+            f"job {before['job']} works on {wanted.output} already; `colonnade status {wanted.output}` tells how far, "
+            f"`colonnade cancel {wanted.output}` ends it"
+        )
+    place = cluster if not Path(cluster).exists() else str(Path(cluster).resolve())
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(job.resolve()), "--cluster", place]
+    for change in overrides or []:
+        command += ["--set", change]
+    script = batch.driver_script(profile, command, folder=Path.cwd(), logs=folder / "logs")
+    number = batch.submit(profile, script, folder)
+    state = {"kind": profile.kind, "job": number, "command": shlex.join(command), "submitted": time.time()}
+    pool.write_state(folder / pool.DRIVER_FILE, state)
+    out.print(f"submitted as job {number} of {profile.kind}; its log: {folder / 'logs'}", markup=False)
+    out.print(f"  colonnade status {wanted.output}\n  colonnade cancel {wanted.output}", markup=False)
+
+
+def cancel(folder: Annotated[Path, typer.Argument(help="folder of the runs")]) -> None:
+    """Stop a submitted job; what is done is kept, and submitting it again goes on."""
+    from cluster import batch, pool
+
+    driver, workers = (pool.read_state(folder / "cluster" / name) for name in (pool.DRIVER_FILE, pool.WORKERS_FILE))
+    if not driver:
+        raise SettingsError(f"{folder} holds no submitted job; expected the output folder of `colonnade submit`")
+    profile = Profile(kind=driver["kind"])
+    batch.cancel(profile, [driver["job"], *(worker["job"] for worker in workers.get("workers", []))])
+    out.print(f"cancelled job {driver['job']} of {driver['kind']}; what is done is kept", markup=False)
+
+
+@cluster_app.command()
+def show(name: Annotated[str, typer.Argument(help="slurm, pbs, lsf, sge, htcondor, or a profile file")]) -> None:
+    """Print the batch scripts that a profile makes, of a worker and of the driver; nothing is submitted."""
+    from cluster import batch
+
+    profile, logs = batch_profile(name), Path("OUTPUT/cluster/logs")
+    out.print("# --- worker", batch.worker_script(profile, logs=logs), sep="\n", markup=False)
+    if profile.kind != "htcondor":
+        words = ["colonnade", "run", "JOB.yaml", "--cluster", name]
+        out.print(
+            "# --- driver", batch.driver_script(profile, words, folder=Path.cwd(), logs=logs), sep="\n", markup=False
+        )
+
+
+def check_cluster(profile: Profile, output: Path) -> list[str]:
+    """Start one worker where the profile says and report from inside it; ``ResourceError`` with the remedy."""
+    from cluster import connect
+    from cluster.checks import report_from
+
+    with connect(profile.model_copy(update={"workers": 1}), output / "cluster") as client:
+        if client is None:
+            return ["cluster: serial, in this process"]
+        token = output / "cluster" / "reachable"
+        token.parent.mkdir(parents=True, exist_ok=True)
+        token.write_text("here")
+        (found,) = client.run(report_from, str(token)).values()
+        skew = abs(found["time"] - time.time())
+    token.unlink()
+    problems = []
+    if not found["reachable"]:
+        problems.append(f"the worker on {found['host']} does not see {output}: use a folder on the shared file system")
+    if not found["scratch"]:
+        problems.append(f"the worker on {found['host']} cannot write to {found['folder']}: set local_directory")
+    if skew > CLOCK_SKEW:
+        problems.append(f"the clock of {found['host']} is off by {skew:.0f} s: times in the records will mislead")
+    if problems:
+        raise ResourceError("\n  ".join(problems))
+    gpu = "a GPU" if found["cuda"] else "no GPU"
+    return [f"cluster: a worker on {found['host']} runs this copy, sees {gpu}, and reaches {output}"]

@@ -1,0 +1,97 @@
+"""Batch scripts, as text: what each system is told."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cluster import batch
+from schemas.errors import SettingsError
+from schemas.profiles import BATCH_KINDS, Profile, load_profile
+from tests import e2e_tools as tools
+
+LOGS = Path("logs")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Scripts make the folder of their logs."""
+    monkeypatch.chdir(tmp_path)
+
+
+def made(kind: str, **options) -> Profile:
+    return Profile(kind=kind, memory=8.0, batch={"queue": "gpu", "walltime": "02:30:00", **options})
+
+
+@pytest.mark.parametrize(
+    ("kind", "lines"),
+    [
+        ("slurm", ["#SBATCH -p gpu", "#SBATCH -t 02:30:00", "#SBATCH --mem=8G", "#SBATCH --cpus-per-task=2"]),
+        ("pbs", ["#PBS -q gpu", "#PBS -l walltime=02:30:00", "select=1:ncpus=2:mem=7630MB"]),
+        ("lsf", ["#BSUB -q gpu", "#BSUB -W 02:30\n", "#BSUB -n 2"]),
+        ("sge", ["#$ -q gpu", "#$ -l h_rt=02:30:00"]),
+        ("htcondor", ["RequestCpus", "MY.DaskWorkerCores = 2", "MY.DaskWorkerMemory = 8000000000"]),
+    ],
+)
+def test_each_system_is_told_in_its_own_words(kind, lines):
+    script = batch.worker_script(made(kind, cores=2), scheduler="tcp://10.0.0.1:7", logs=LOGS)
+    for line in lines:
+        assert line in script
+    # One thread computes whatever the cores; the worker leaves before the batch system ends it.
+    for word in ("tcp://10.0.0.1:7", "--nthreads 1 ", "CPU=1", "--lifetime 8100s --lifetime-stagger 900s"):
+        assert word in script
+    assert "colonnade-worker --nthreads" not in script  # names of workers must differ
+
+
+def test_gpus_are_asked_for_and_declared():
+    script = batch.worker_script(made("slurm", gpus=1), logs=LOGS)
+    assert "#SBATCH --gres=gpu:1" in script and '"CPU=1,GPU=1"' in script
+    assert made("slurm", gpus=1).device == "cuda" and made("slurm").device == "cpu"
+
+
+def test_the_users_own_jobqueue_file_is_honoured(monkeypatch):
+    import dask.config
+
+    own = {"jobqueue.slurm.account": "m1234", "jobqueue.slurm.walltime": "00:45:00", "jobqueue.slurm.memory": "3GB"}
+    with dask.config.set(own):
+        script = batch.worker_script(load_profile("slurm"), logs=LOGS)
+        assert "#SBATCH -A m1234" in script and "#SBATCH -t 00:45:00" in script and "#SBATCH --mem=3G" in script
+        assert "#SBATCH -t 02:30:00" in batch.worker_script(made("slurm"), logs=LOGS)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BATCH_KINDS if kind != "htcondor"])
+def test_drivers_save_and_requeue_on_a_warning_and_only_stop_on_a_cancel(kind, tmp_path):
+    profile = made(kind, warning=240, driver_walltime="12:00:00", driver_queue="long")
+    script = batch.driver_script(profile, ["colonnade", "run", "it's.yaml"], folder=tmp_path, logs=LOGS)
+    assert "'colonnade' 'run' 'it'\\''s.yaml' &" in script and "long" in script
+    assert ("#SBATCH --signal=B:USR1@240" in script) == (kind == "slurm")
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_htcondor_runs_no_driver_of_ours(tmp_path):
+    with pytest.raises(SettingsError, match="submit node"):
+        batch.driver_script(made("htcondor"), ["x"], folder=tmp_path, logs=LOGS)
+
+
+def test_show_prints_the_scripts_and_submits_nothing(tmp_path):
+    shown = tools.colonnade("cluster", "show", "slurm", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "#SBATCH -J colonnade-worker" in shown.stdout and "#SBATCH -J colonnade-driver" in shown.stdout
+    refused = tools.colonnade("cluster", "show", "local", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "expected a batch system" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("walltime", "seconds"), [("00:05:00", 300), ("2-01:00:00", 176400), ("12:30", 45000), ("100:00:00", 360000)]
+)
+def test_walltimes(walltime, seconds):
+    assert batch.seconds_of(walltime) == seconds
+
+
+def test_cancel_without_a_submitted_job_says_so(tmp_path):
+    done = tools.colonnade("cancel", tmp_path)
+    assert done.returncode == 2
+    assert "holds no submitted job" in done.stderr
