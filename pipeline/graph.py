@@ -71,6 +71,19 @@ def single_threaded(function: Callable[[Item], Result], item: Item) -> Result:
         return function(item)
 
 
+class _Window:
+    """How many tasks the scheduler may know: as given, or twice the workers, which come and go on a batch system."""
+
+    def __init__(self, client: Client, given: int) -> None:
+        self._client, self._given, self._asked, self._workers = client, given, -WIDTH_SECONDS, 0
+
+    def tasks(self) -> int:
+        """The number now; workers are counted every WIDTH_SECONDS, since it costs more than a small block."""
+        if not self._given and time.monotonic() - self._asked >= WIDTH_SECONDS:
+            self._workers, self._asked = len(self._client.nthreads()), time.monotonic()
+        return max(1, self._given or 2 * self._workers)
+
+
 def _stream_on_cluster(
     client: Client,
     function: Callable[[Item], Result],
@@ -82,7 +95,7 @@ def _stream_on_cluster(
 ) -> Iterator[tuple[Item, Result]]:
     futures: dict[Future[Result], Item] = {}
     finished: queue.SimpleQueue[Future[Result]] = queue.SimpleQueue()
-    width, asked = in_flight or 2 * len(client.nthreads()), time.monotonic()
+    window = _Window(client, in_flight)
 
     def send(item: Item) -> None:
         key = f"{label}-{uuid.uuid4().hex}"
@@ -91,11 +104,7 @@ def _stream_on_cluster(
         future.add_done_callback(finished.put)
 
     def refill() -> None:
-        nonlocal width, asked
-        # Workers of a batch system come and go; to ask for each block would cost more than it gains.
-        if not in_flight and time.monotonic() - asked > WIDTH_SECONDS:
-            width, asked = 2 * len(client.nthreads()), time.monotonic()
-        while len(futures) < max(1, width):
+        while len(futures) < window.tasks():
             try:
                 send(next(pending))
             except StopIteration:

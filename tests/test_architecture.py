@@ -21,6 +21,7 @@ ZARR_IS_OPENED_BY = {
 }
 CLUSTER_IS_IMPORTED_BY = {
     "pipeline/cli.py": "joins pipeline and cluster",
+    "pipeline/cli_cluster.py": "the verbs of the command line that are about batch systems",
     "pipeline/demo.py": "the body of the verb `demo`",
     "pipeline/cli_models.py": "the verbs of the command line that make models",
 }

@@ -14,7 +14,7 @@ Sign: if the specimen moved by +d between frames i and j, the shift of the pair 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -114,27 +114,21 @@ def pair_shifts(
     return {name: value[:, 0] if name.endswith("_err") else value for name, value in result.items()}
 
 
-def estimate(
-    frames: Float,
-    *,
-    good: Bool,
-    lags: Sequence[int],
-    band: tuple[float, float],
-    taper: float,
-    change: float,
-    limit: float,
-    candidates: int,
-    max_shift: float,
-    max_motion: float,
-    cauchy: float,
-) -> DriftPath:
-    """The drift of a movie (n, y, x) [electrons] that fits in memory: what a run does block by block, in one go."""
-    weight = spectral_weight(frames[good], band=band, taper=taper, change=change, limit=limit)
-    pairs = pair_list(len(frames), start=0, stop=len(frames), lags=lags)
-    shifts = pair_shifts(
-        frames, pairs, good=good, weight=weight, candidates=candidates, max_shift=max_shift, taper=taper, limit=limit
-    )
-    return solve_path(len(frames), pairs, shifts, good=good, max_motion=max_motion, cauchy=cauchy)
+def estimate(frames: Float, good: Bool, **options: Any) -> DriftPath:
+    """The drift of a movie (n, y, x) [electrons] that fits in memory: what a run does block by block, in one go.
+
+    good: (n,), frames that may be used. options: all settings of `spectral_weight`, `pair_list`, `pair_shifts` and
+    `solve_path`, by their names there.
+    """
+
+    def chosen(*names: str) -> dict[str, Any]:
+        return {name: options[name] for name in names}
+
+    weight = spectral_weight(frames[good], **chosen("band", "taper", "change", "limit"))
+    pairs = pair_list(len(frames), start=0, stop=len(frames), lags=options["lags"])
+    correlation = chosen("candidates", "max_shift", "taper", "limit")
+    shifts = pair_shifts(frames, pairs, good=good, weight=weight, **correlation)
+    return solve_path(len(frames), pairs, shifts, good=good, **chosen("max_motion", "cauchy"))
 
 
 class _Frame(NamedTuple):
