@@ -223,7 +223,8 @@ def _with_tiles(task: Task, halvings: int) -> Task:
     return dataclasses.replace(task, settings=options.model_copy(update=changed), halvings=halvings)
 
 
-def _process(task: Task, clock: Clock) -> Mapping[str, Any]:
+def tables_of(task: Task, clock: Clock) -> tuple[dict[str, measure.Rows], inference.Images, list[measure.Measured]]:
+    """All tables of the task's frames, and the images and frames that they were made of; nothing is written."""
     movie = open_movie(task)
     images = inference.infer(movie, range(task.start, task.stop), clock)
     measured = [measure.measure_frame(movie, images, row, clock) for row in range(task.stop - task.start)]
@@ -232,6 +233,11 @@ def _process(task: Task, clock: Clock) -> Mapping[str, Any]:
         "columns": _joined([one.columns for one in measured]),
         "particles": _joined([one.particles for one in measured]),
     }
+    return tables, images, measured
+
+
+def _process(task: Task, clock: Clock) -> Mapping[str, Any]:
+    tables, images, measured = tables_of(task, clock)
     rows = {"rows": len(tables["columns"]["y"]), "particles": len(tables["particles"]["y"])}
     with clock("write"):
         _keep_images(task, images, measured)

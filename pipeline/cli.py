@@ -235,6 +235,26 @@ def status(folder: Annotated[Path, typer.Argument(help="folder of the runs")]) -
 
 
 @app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="a run, FOLDER/<movie>.zarr, or a folder of runs")],
+    count: Annotated[int, typer.Option("--blocks", min=0, help="random cuts of each run to compute again")] = 20,
+    seed: Annotated[int, typer.Option(help="of the choice")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Compute random frames of finished runs again, with another cut, and read every checksum."""
+    from pipeline.results.open import find_runs
+    from pipeline.verify import as_text
+    from pipeline.verify import verify as verify_run
+
+    wrong = False
+    for run_path in find_runs(path):
+        done = verify_run(run_path, count=count, seed=seed, device=device)
+        wrong |= bool(done.problems)
+        out.print(as_text(run_path, done), markup=False)
+    raise typer.Exit(QUARANTINED if wrong else DONE)
+
+
+@app.command()
 def query(
     runs: Annotated[list[str], typer.Argument(help="one or more runs or folders of runs, then the condition")],
     select: Annotated[str | None, typer.Option(help="variables to show, separated by commas")] = None,
