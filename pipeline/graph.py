@@ -6,8 +6,11 @@ Collections would drop resources when they are fused, and hold a graph as large 
 
 from __future__ import annotations
 
+import errno
 import functools
+import logging
 import math
+import os
 import queue
 import threading
 import time
@@ -22,10 +25,15 @@ from threadpoolctl import ThreadpoolController
 from pipeline.steps.denoise import one_thread
 from schemas.errors import ResourceError
 
+log = logging.getLogger("colonnade")
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 STOP_POLL = 0.3  # s
+# What a full quota, a read-only remount or a file server that restarts looks like; pauses and patience in seconds.
+SITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+FIRST_PAUSE, LONGEST_PAUSE, PATIENCE = 1.0, 60.0, 900.0
 WIDTH_SECONDS = 5.0  # between two looks at how many workers there are
 NO_WORKERS = 600.0  # s without any worker after which waiting is given up
 
@@ -48,13 +56,14 @@ def stream(
 
     With ``client`` None everything is computed here, in order. Else at most ``in_flight`` tasks are known to the
     scheduler at any time (default: twice the workers), so that its memory does not grow with the archive. A task
-    whose worker died is sent again, without limit; an exception of the function itself is raised here.
+    whose worker died is sent again, without limit; one that found the disk full or read-only again and again for
+    PATIENCE seconds; any other exception of the function itself is raised here.
     """
     if client is None:
         for item in items:
             if stop.is_set():
                 raise Stopped
-            yield item, single_threaded(function, item)
+            yield item, _patiently(function, item, stop)
         return
     yield from _stream_on_cluster(client, function, iter(items), label, stop, resources or {"CPU": 1}, in_flight)
 
@@ -69,6 +78,50 @@ def single_threaded(function: Callable[[Item], Result], item: Item) -> Result:
     """``function(item)`` on one thread, here as on any worker: how many share a sum decides its last bits."""
     with one_thread(), _thread_pools().limit(limits=1):
         return function(item)
+
+
+class _Patience:
+    """How long to bear with a site whose disk is full or read-only: ever longer pauses, PATIENCE seconds in all."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Something worked: all is well again."""
+        self._since, self._pause = 0.0, FIRST_PAUSE
+
+    def wait(self, error: Exception, stop: threading.Event) -> None:
+        """Pause before the next attempt, or raise: the error if it is of another kind, else when patience is over."""
+        if (number := _site_errno(error)) is None:
+            raise error
+        now = time.monotonic()
+        self._since = self._since or now
+        if now - self._since > PATIENCE:
+            raise ResourceError(
+                f"{os.strerror(number)} for {now - self._since:.0f} s ({error}); mend it and run the same command again"
+            ) from error
+        log.warning("%s (%s); trying again in %.0f s", os.strerror(number), error, self._pause)
+        if stop.wait(self._pause):
+            raise Stopped from None
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+
+def _site_errno(error: BaseException | None) -> int | None:
+    """What the operating system said, if it is something that a site may mend while a run waits; else None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in SITE_ERRORS:
+            return error.errno
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _patiently(function: Callable[[Item], Result], item: Item, stop: threading.Event) -> Result:
+    patience = _Patience()
+    while True:
+        try:
+            return single_threaded(function, item)
+        except Exception as error:
+            patience.wait(error, stop)
 
 
 class _Window:
@@ -95,7 +148,7 @@ def _stream_on_cluster(
 ) -> Iterator[tuple[Item, Result]]:
     futures: dict[Future[Result], Item] = {}
     finished: queue.SimpleQueue[Future[Result]] = queue.SimpleQueue()
-    window = _Window(client, in_flight)
+    window, patience = _Window(client, in_flight), _Patience()
 
     def send(item: Item) -> None:
         key = f"{label}-{uuid.uuid4().hex}"
@@ -128,11 +181,14 @@ def _stream_on_cluster(
             item = futures.pop(future)
             try:
                 result = future.result()
-            except KilledWorker:
-                send(item)
-                continue
             except CancelledError as error:
                 raise ResourceError(f"the scheduler was lost ({error}); run the same command again to go on") from None
+            except Exception as error:
+                if not isinstance(error, KilledWorker):
+                    patience.wait(error, stop)
+                send(item)
+                continue
+            patience.reset()
             future.release()
             yield item, result
             if stop.is_set():
