@@ -106,11 +106,14 @@ def driver_script(profile: Profile, command: list[str], *, folder: Path, logs: P
             "HTCondor runs no scripts of ours as drivers; start `colonnade run … --cluster PROFILE` on a submit node"
         )
     slurm = profile.kind == "slurm"
+    if batch.one_allocation and not slurm:
+        raise SettingsError(f"batch.one_allocation is for slurm alone; {profile.kind} starts no tasks within a job")
     directives = [f"--signal=B:USR1@{batch.warning}", "--requeue", "--open-mode=append"] if slurm else []
     made = _job(
         profile, name="colonnade-driver", scheduler="none", logs=logs, memory=f"{batch.driver_memory:g}GB",
         queue=batch.driver_queue or batch.queue, walltime=batch.driver_walltime,
-        job_extra_directives=[*directives, *batch.directives] or None,
+        job_extra_directives=[*directives, *batch.directives, *_room(profile)] or None,
+        job_directives_skip=["-n 1", "--cpus-per-task", "--mem="] if batch.one_allocation else None,
     )  # fmt: skip
     words = " ".join(_quoted(word) for word in command)
     again = 'scontrol requeue "$SLURM_JOB_ID"' if slurm else 'echo "run the same command again to go on"'
@@ -130,6 +133,31 @@ while kill -0 $child 2>/dev/null; do wait $child; code=$?; done
 if [ $again = 1 ] && [ $code -ge 128 ]; then {again}; fi
 exit $code
 """
+
+
+def _room(profile: Profile) -> list[str]:
+    """What a job is asked for that holds the workers too; the driver lives on what its node's first worker leaves."""
+    if not profile.batch.one_allocation:
+        return []
+    cores = int(_wanted(profile, "cores", profile.batch.cores))
+    memory = (profile.memory or 4.0) + profile.batch.driver_memory / (profile.workers or 1)
+    room = [
+        f"--ntasks={profile.workers or 1}",
+        f"--cpus-per-task={cores}",
+        f"--mem-per-cpu={memory * 1000 / cores:.0f}M",
+    ]
+    return room + ([f"--gpus-per-task={profile.batch.gpus}"] if profile.batch.gpus else [])
+
+
+def step_command(profile: Profile, scheduler: str) -> list[str]:
+    """The command that starts all workers inside the job that this process runs in."""
+    batch = profile.batch
+    words = ["srun", "--overlap", f"--ntasks={profile.workers or 1}", "--kill-on-bad-exit=0"]
+    words += [sys.executable, "-m", "distributed.cli.dask_worker", scheduler, "--nthreads", "1", "--nanny"]
+    words += ["--memory-limit", f"{profile.memory or 4.0:g}GB", "--death-timeout", str(DEATH_TIMEOUT)]
+    words += ["--resources", "CPU=1,GPU=1" if batch.gpus else "CPU=1"]
+    words += ["--local-directory", str(profile.local_directory)] if profile.local_directory else []
+    return words + (["--interface", batch.interface] if batch.interface else [])
 
 
 def _quoted(word: str) -> str:

@@ -23,7 +23,7 @@ from cluster.batch import settings_for_workers
 from cluster.checks import check_workers, describe_process, differences_of
 from cluster.gpu import cuda_cluster
 from cluster.local import local_cluster
-from cluster.pool import FAILURES, Pool
+from cluster.pool import FAILURES, Pool, Step
 from schemas.errors import ResourceError
 from schemas.profiles import Profile
 
@@ -127,7 +127,8 @@ def _batch(profile: Profile, folder: Path) -> Iterator[Client]:
     def names() -> list[str]:
         return [str(worker.name) for worker in list(cluster.scheduler.workers.values())]
 
-    pool = Pool(profile, cluster.scheduler_address, folder, settings_for_workers(), names)
+    facts = (profile, cluster.scheduler_address, folder, settings_for_workers())
+    pool = Step(*facts) if profile.batch.one_allocation else Pool(*facts, names)
     with _closing(cluster), Client(cluster, set_as_default=False) as client:
         try:
             pool.start()
@@ -139,7 +140,7 @@ def _batch(profile: Profile, folder: Path) -> Iterator[Client]:
             pool.close()
 
 
-def _wait_for_first(client: Client, pool: Pool, timeout: float) -> None:
+def _wait_for_first(client: Client, pool: Pool | Step, timeout: float) -> None:
     end = time.monotonic() + timeout
     while not client.nthreads():
         if time.monotonic() > end:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.batch import COMMAND_SECONDS, cancel, states_of, submit, worker_script
+from cluster.batch import COMMAND_SECONDS, cancel, states_of, step_command, submit, worker_script
 from schemas.errors import ResourceError
 from schemas.profiles import Profile
 
@@ -146,6 +147,47 @@ class Pool:
             "updated": time.time(),
         }
         write_state(self.folder / WORKERS_FILE, state)
+
+
+@dataclass
+class Step:
+    """All workers as one step of the job that this process runs in, where jobs may submit no jobs."""
+
+    profile: Profile
+    scheduler: str
+    folder: Path
+    settings: str
+    failures: int = 0
+    _process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the workers; raises ``ResourceError`` outside of a job."""
+        if "SLURM_JOB_ID" not in os.environ:
+            raise ResourceError(
+                "batch.one_allocation starts workers inside a Slurm job, and this is none; use `colonnade submit`"
+            )
+        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DASK_INTERNAL_INHERIT_CONFIG": self.settings}
+        with (self.folder / "logs" / "workers.log").open("ab") as file:
+            self._process = subprocess.Popen(
+                step_command(self.profile, self.scheduler), env=environment, stdout=file, stderr=file
+            )
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(COMMAND_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def reasons(self) -> str:
+        """How the step is, in words."""
+        code = None if self._process is None else self._process.poll()
+        state = "runs" if code is None else f"ended with {code}"
+        return f"the step of the workers {state}; its log is {self.folder / 'logs' / 'workers.log'}"
 
 
 def _alive(state: tuple[str, str] | None) -> bool:

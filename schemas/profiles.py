@@ -32,6 +32,9 @@ class Batch(Section):
     )
     driver_memory: float = Field(4.0, gt=0, description="GB of the driver")
     warning: int = Field(180, ge=60, description="seconds before its walltime at which the driver saves and requeues")
+    one_allocation: bool = Field(
+        False, description="slurm: driver and workers in one job, where jobs may submit no jobs; whole or not at all"
+    )
     poll: float = Field(10.0, gt=0, description="seconds between two questions to the batch system")
 
 

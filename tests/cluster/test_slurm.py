@@ -22,7 +22,7 @@ from tests import e2e_tools as tools
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 SCRIPT = tools.ROOT / "scripts" / "slurm"
-MOVIES, FRAMES, BLOCK = 2, 120, 2
+MOVIES, FRAMES, BLOCK = 2, 90, 2
 WAIT = 150.0  # s
 
 
@@ -171,6 +171,22 @@ def test_a_cancelled_job_stays_cancelled_and_goes_on_when_submitted_or_requeued(
     until(lambda: jobs("driver") and parts(output) >= 30, "blocks of the second submission")
     (driver,) = jobs("driver")
     slurm_says("scontrol", "requeue", driver)  # what an administrator does
+    until(lambda: restarted(driver), "requeued driver")
+    until(ended, "end of all jobs")
+    assert_as_undisturbed(output, undisturbed)
+
+
+def test_one_allocation_holds_driver_and_workers(job, undisturbed, tmp_path):
+    output, place = tmp_path / "out", profile(tmp_path, batch={"one_allocation": True})
+    outside = tools.colonnade("run", job(output), "--cluster", place)
+    assert outside.returncode == 4 and "inside a Slurm job" in outside.stderr.replace("\n", " ")
+    said = tools.colonnade("submit", job(output), "--cluster", place)
+    assert said.returncode == 0, said.stderr
+    until(lambda: parts(output) >= 6, "blocks")
+    assert len(slurm_says("squeue", "-h", "-o", "%i").split()) == 1
+    (driver,) = jobs("driver")
+    assert len(slurm_says("squeue", "-h", "-s", "-j", driver, "-o", "%i").split()) == 2  # the batch script, the workers
+    slurm_says("scancel", "-b", "-s", "USR1", driver)
     until(lambda: restarted(driver), "requeued driver")
     until(ended, "end of all jobs")
     assert_as_undisturbed(output, undisturbed)
