@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,13 @@ COMMAND_SECONDS = 60.0
 # Workers leave on their own terms before the batch system ends them, and not all at once: results that one holds are
 # fetched within seconds, but a whole pool that ends at one moment leaves nobody to work on.
 LIFETIME, STAGGER, LEAST_LIFETIME = 0.9, 0.1, 600.0
+_ENDED = {
+    "COMPLETED", "COMPLETING", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
+    "OUT_OF_MEMORY",
+}  # fmt: skip
 DEATH_TIMEOUT = 60  # s after which a worker that finds no scheduler ends its job
 # A job that is submitted from within another must not inherit what that one was given.
-_INHERITED = re.compile(r"^(SLURM|SBATCH|SRUN|PMI|PBS|LSB|PE)_(?!CONF$)")
+_INHERITED = re.compile(r"^(SLURM_(?!CONF$|CLUSTERS$)|SRUN_|PMI_|PBS_(?!CONF_FILE$|SERVER$|DEFAULT$)|LSB_|PE_)")
 
 
 def job_class(kind: str) -> Any:
@@ -44,10 +47,13 @@ def job_class(kind: str) -> Any:
 
 
 def seconds_of(walltime: str) -> float:
-    """[d-]hh:mm:ss, or hh:mm as LSF has it, in seconds."""
-    days, _, clock = walltime.rpartition("-")
-    parts = [int(part) for part in clock.split(":")] + [0]
-    return int(days or 0) * 86400 + parts[0] * 3600 + parts[1] * 60 + parts[2]
+    """A walltime in seconds, as Slurm reads it: m, m:ss, h:mm:ss, d-h, d-h:mm, d-h:mm:ss."""
+    days, dash, clock = walltime.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if not dash and len(parts) < 3:  # minutes come first, unless hours do
+        parts = [0, *parts]
+    hours, minutes, seconds = [*parts, 0, 0][:3]
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
 def _wanted(profile: Profile, name: str, value: Any) -> Any:
@@ -67,6 +73,10 @@ def _job(profile: Profile, *, name: str, scheduler: str, logs: Path, walltime: s
         given["walltime"] = walltime.rpartition(":")[0] if walltime.count(":") == 2 else walltime  # it has no seconds
     known = {word: value for word, value in given.items() if value is not None}
     local = str(profile.local_directory) if profile.local_directory else None
+    if re.search(r"\s", str(logs) + (local or "") + sys.executable):
+        raise SettingsError(
+            f"a path holds white space, which batch scripts part: {logs}, {local or ''}, {sys.executable}; use others"
+        )
     return job_class(profile.kind)(
         scheduler=scheduler, name=name, job_name=name, cores=_wanted(profile, "cores", batch.cores),
         processes=1, python=sys.executable, log_directory=str(logs), local_directory=local, interface=batch.interface,
@@ -153,6 +163,8 @@ def step_command(profile: Profile, scheduler: str) -> list[str]:
     """The command that starts all workers inside the job that this process runs in."""
     batch = profile.batch
     words = ["srun", "--overlap", f"--ntasks={profile.workers or 1}", "--kill-on-bad-exit=0"]
+    words += [f"--cpus-per-task={_wanted(profile, 'cores', batch.cores)}"]
+    words += [f"--gpus-per-task={batch.gpus}"] if batch.gpus else []
     words += [sys.executable, "-m", "distributed.cli.dask_worker", scheduler, "--nthreads", "1", "--nanny"]
     words += ["--memory-limit", f"{profile.memory or 4.0:g}GB", "--death-timeout", str(DEATH_TIMEOUT)]
     words += ["--resources", "CPU=1,GPU=1" if batch.gpus else "CPU=1"]
@@ -179,16 +191,22 @@ def submit(profile: Profile, script: str, folder: Path) -> str:
             answer = _run(words, environment)
     finally:
         Path(file.name).unlink()
-    if (found := re.search(made.job_id_regexp, answer)) is None:
+    pattern = r"submitted to cluster (?P<job_id>\d+)" if profile.kind == "htcondor" else made.job_id_regexp
+    if (found := re.search(pattern, answer)) is None:
         raise ResourceError(f"{made.submit_command} answered {answer!r}; expected the number of the job")
     return found.group("job_id")
 
 
 def cancel(profile: Profile, jobs: list[str]) -> None:
-    """End jobs; those that have ended already are no error."""
-    if jobs:
-        with suppress(ResourceError):
-            _run([*job_class(profile.kind).cancel_command.split(), *jobs], dict(os.environ))
+    """End jobs; ``ResourceError`` if some of them go on. Those that had ended already are no error."""
+    if not jobs:
+        return
+    try:
+        _run([*job_class(profile.kind).cancel_command.split(), *jobs], dict(os.environ))
+    except ResourceError:
+        states = states_of(profile, jobs)
+        if states is None or any(alive(state) for state in states.values()):
+            raise
 
 
 def _run(words: list[str], environment: dict[str, str], text: str | None = None) -> str:
@@ -205,6 +223,11 @@ def _run(words: list[str], environment: dict[str, str], text: str | None = None)
     if done.returncode:
         raise ResourceError(f"{words[0]} refused: {(done.stderr or done.stdout).strip()}")
     return done.stdout
+
+
+def alive(state: tuple[str, str] | None) -> bool:
+    """Whether a job that the batch system describes so will still work; words that we do not know count as life."""
+    return state is not None and state[0] not in _ENDED
 
 
 def states_of(profile: Profile, jobs: list[str]) -> dict[str, tuple[str, str]] | None:

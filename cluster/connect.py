@@ -66,6 +66,10 @@ class IgnoreInterrupts(WorkerPlugin):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+class Interrupted(Exception):
+    """The run was asked to stop before it had any worker."""
+
+
 class SameCopy(WorkerPlugin):
     """Refuses to start a worker that would not run this very copy: they come and go all night."""
 
@@ -81,10 +85,13 @@ class SameCopy(WorkerPlugin):
 
 
 @contextmanager
-def connect(profile: Profile, folder: Path | None = None) -> Iterator[Client | None]:
+def connect(
+    profile: Profile, folder: Path | None = None, stop: threading.Event | None = None
+) -> Iterator[Client | None]:
     """A client whose workers were checked to run this very copy; None for the serial profile.
 
     folder: for the scripts, logs and state of the workers of a batch system; default: ``cluster`` in this folder.
+    stop: ends the wait for their first worker with an ``Interrupted``.
     Raises ``ResourceError`` that says what was asked, what was found and what to do.
     """
     if profile.kind == "serial":
@@ -104,7 +111,8 @@ def connect(profile: Profile, folder: Path | None = None) -> Iterator[Client | N
                 yield client
             return
         if profile.is_batch:
-            with _batch(profile, folder or Path.cwd() / "cluster") as client:
+            patience = dask.config.set({"colonnade.start-timeout": profile.start_timeout})
+            with patience, _batch(profile, folder or Path.cwd() / "cluster", stop or threading.Event()) as client:
                 yield client
             return
         start = cuda_cluster if profile.kind == "cuda" else local_cluster
@@ -115,7 +123,7 @@ def connect(profile: Profile, folder: Path | None = None) -> Iterator[Client | N
 
 
 @contextmanager
-def _batch(profile: Profile, folder: Path) -> Iterator[Client]:
+def _batch(profile: Profile, folder: Path, stop: threading.Event) -> Iterator[Client]:
     """A scheduler here, and workers that are jobs of a batch system."""
     host = get_ip_interface(profile.batch.interface) if profile.batch.interface else get_ip()
     cluster = LocalCluster(
@@ -132,7 +140,7 @@ def _batch(profile: Profile, folder: Path) -> Iterator[Client]:
     with _closing(cluster), Client(cluster, set_as_default=False) as client:
         try:
             pool.start()
-            _wait_for_first(client, pool, profile.start_timeout)
+            _wait_for_first(client, pool, profile.start_timeout, stop)
             check_workers(client, profile.model_copy(update={"workers": 1}))
             client.register_plugin(SameCopy(describe_process(), profile.device))
             yield client
@@ -140,14 +148,16 @@ def _batch(profile: Profile, folder: Path) -> Iterator[Client]:
             pool.close()
 
 
-def _wait_for_first(client: Client, pool: Pool | Step, timeout: float) -> None:
+def _wait_for_first(client: Client, pool: Pool | Step, timeout: float, stop: threading.Event) -> None:
     end = time.monotonic() + timeout
     while not client.nthreads():
+        if stop.is_set():
+            raise Interrupted("stopped while it waited for the first worker")
         if time.monotonic() > end:
             raise ResourceError(f"no worker came within {timeout:g} s (start_timeout). {pool.reasons()}")
         if pool.failures >= FAILURES:
             raise ResourceError(f"{pool.failures} worker jobs ended before their worker called. {pool.reasons()}")
-        time.sleep(0.3)
+        stop.wait(0.3)
 
 
 async def _call_up(address: str | None, timeout: float) -> None:

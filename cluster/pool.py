@@ -12,13 +12,15 @@ import os
 import subprocess
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.batch import COMMAND_SECONDS, cancel, states_of, step_command, submit, worker_script
+from cluster.batch import COMMAND_SECONDS, alive, cancel, states_of, step_command, submit, worker_script
 from schemas.errors import ResourceError
 from schemas.profiles import Profile
 
@@ -27,8 +29,6 @@ log = logging.getLogger("colonnade")
 # So many jobs in a row that ended without their worker ever calling are no bad luck.
 FAILURES = 4
 DRIVER_FILE, WORKERS_FILE = "driver.json", "workers.json"
-_WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "SUSPENDED", "RESV_DEL_HOLD", "REQUEUE_HOLD"}
-_RUNNING = {"RUNNING", "COMPLETING", "STOPPED"}
 
 
 @dataclass
@@ -78,14 +78,26 @@ class Pool:
         self._thread.start()
 
     def close(self) -> None:
-        """Cancel all jobs and stop watching."""
+        """Cancel all jobs and stop watching; jobs that cannot be cancelled stay in the state file, and are named."""
         self._stop.set()
+        self._cancel()  # first, since the thread may be waiting for an answer
         if self._thread.is_alive():
-            self._thread.join(COMMAND_SECONDS)
+            self._thread.join(2 * COMMAND_SECONDS)
+        self._cancel()
+        with suppress(OSError):  # a full disk must not hide why the run ended
+            self._write()
+
+    def _cancel(self) -> None:
         with self._lock:
-            cancel(self.profile, list(self.workers))
-            self.workers.clear()
-        self._write()
+            known = list(self.workers)
+        try:
+            cancel(self.profile, known)
+        except ResourceError as error:
+            log.error("jobs %s could not be cancelled: %s", ", ".join(known), error)
+            return
+        with self._lock:
+            for job in known:
+                del self.workers[job]
 
     def reasons(self) -> str:
         """What the batch system says of the jobs, in words."""
@@ -102,7 +114,7 @@ class Pool:
         )
         job = submit(self.profile, script, self.folder)
         with self._lock:
-            self.workers[job] = Worker(job, time.time())
+            self.workers[job] = Worker(job, time.time())  # closing looks here once more after this thread
 
     def _watch(self) -> None:
         while not self._stop.wait(self.profile.batch.poll):
@@ -118,7 +130,11 @@ class Pool:
                 worker.called = worker.called or worker.job in names
                 if states is not None and worker.job in states:
                     worker.state, worker.reason = states[worker.job]
-            gone = [] if states is None else [w for w in self.workers.values() if not _alive(states.get(w.job))]
+            gone = (
+                []
+                if states is None or self._stop.is_set()
+                else [w for w in self.workers.values() if not alive(states.get(w.job))]
+            )
             for worker in gone:
                 del self.workers[worker.job]
                 self.ended += 1
@@ -157,8 +173,12 @@ class Step:
     scheduler: str
     folder: Path
     settings: str
-    failures: int = 0
     _process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def failures(self) -> int:
+        """Many, once the step has ended: nothing will start it again within this job."""
+        return 0 if self._process is None or self._process.poll() is None else FAILURES
 
     def start(self) -> None:
         """Start the workers; raises ``ResourceError`` outside of a job."""
@@ -190,14 +210,10 @@ class Step:
         return f"the step of the workers {state}; its log is {self.folder / 'logs' / 'workers.log'}"
 
 
-def _alive(state: tuple[str, str] | None) -> bool:
-    return state is not None and (state[0] in _WAITING or state[0] in _RUNNING)
-
-
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Replace a small JSON file in one step; whoever reads it sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     fresh.write_text(json.dumps(state))
     fresh.replace(path)
 

@@ -114,8 +114,9 @@ def run(
     again = shlex.join(without_redo(sys.argv))
     with logs(job.output), Signals() as signals:
         logging.getLogger("colonnade").info("run: %s", shlex.join(sys.argv))
-        workers = connect(profile, job.output / "cluster")
-        with workers as client, display(console) as progress, resumable(again, signals, console):
+        workers = connect(profile, job.output / "cluster", signals.stop)
+        # Innermost, so that it speaks before the workers are closed; outermost, for a stop before there were any.
+        with resumable(again, signals, console), workers as client, display(console) as progress:
             outcomes = run_job(
                 job, client=client, device=profile.device, redo=redo, progress=progress, stop=signals.stop
             )
@@ -247,8 +248,16 @@ def verify(
     from pipeline.verify import verify as verify_run
 
     wrong = False
-    for run_path in find_runs(path):
-        done = verify_run(run_path, count=count, seed=seed, device=device)
+    runs = find_runs(path)
+    if not runs:
+        raise SettingsError(f"{path} holds no run; expected FOLDER, or FOLDER/<movie>.zarr, of `colonnade run`")
+    for run_path in runs:
+        try:
+            done = verify_run(run_path, count=count, seed=seed, device=device)
+        except ColonnadeError as error:  # the others are looked at all the same
+            wrong = True
+            out.print(f"{run_path}: not verified: {error}", markup=False)
+            continue
         wrong |= bool(done.problems)
         out.print(as_text(run_path, done), markup=False)
     raise typer.Exit(QUARANTINED if wrong else DONE)

@@ -42,6 +42,7 @@ def submit(
     from cluster import batch, pool
     from pipeline.preflight import problems_of
     from schemas.jobfile import load_job
+    from schemas.profiles import BATCH_KINDS
 
     profile, wanted = batch_profile(cluster), load_job(job, overrides or [])
     found, _ = problems_of(wanted)
@@ -54,7 +55,7 @@ def submit(
             f"job {before['job']} works on {wanted.output} already; `colonnade status {wanted.output}` tells how far, "
             f"`colonnade cancel {wanted.output}` ends it"
         )
-    place = cluster if not Path(cluster).exists() else str(Path(cluster).resolve())
+    place = cluster if cluster in BATCH_KINDS else str(Path(cluster).resolve())
     command = [sys.executable, "-m", "pipeline.cli", "run", str(job.resolve()), "--cluster", place]
     for change in overrides or []:
         command += ["--set", change]
@@ -103,7 +104,7 @@ def check_cluster(profile: Profile, output: Path) -> list[str]:
         token = output / "cluster" / "reachable"
         token.parent.mkdir(parents=True, exist_ok=True)
         token.write_text("here")
-        (found,) = client.run(report_from, str(token)).values()
+        found = next(iter(client.run(report_from, str(token)).values()))
         skew = abs(found["time"] - time.time())
     token.unlink()
     problems = []

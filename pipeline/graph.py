@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+import dask.config
 from distributed import CancelledError, Client, Future
 from distributed.scheduler import KilledWorker
 from threadpoolctl import ThreadpoolController
@@ -35,7 +36,7 @@ STOP_POLL = 0.3  # s
 SITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 FIRST_PAUSE, LONGEST_PAUSE, PATIENCE = 1.0, 60.0, 900.0
 WIDTH_SECONDS = 5.0  # between two looks at how many workers there are
-NO_WORKERS = 600.0  # s without any worker after which waiting is given up
+NO_WORKERS = 600.0  # s without any worker after which waiting is given up; on batch systems start_timeout if longer
 
 
 class Stopped(Exception):
@@ -163,7 +164,7 @@ def _stream_on_cluster(
             except StopIteration:
                 return
 
-    heard = time.monotonic()
+    idle = _Idle(client)
     try:
         refill()
         while futures:
@@ -173,11 +174,8 @@ def _stream_on_cluster(
                 # A worker may be busy for a minute; a user who stops the run does not wait for it.
                 if stop.is_set():
                     raise Stopped from None
-                if time.monotonic() - heard > NO_WORKERS:
-                    _require_workers(client)
-                    heard = time.monotonic()
+                idle.check()
                 continue
-            heard = time.monotonic()
             item = futures.pop(future)
             try:
                 result = future.result()
@@ -199,12 +197,28 @@ def _stream_on_cluster(
             future.cancel()
 
 
-def _require_workers(client: Client) -> None:
-    if not client.nthreads():
-        raise ResourceError(
-            f"no worker is left on {client.scheduler_info()['address']}; see the workers' logs "
-            "for why they ended, start them again, and run the same command again"
-        )
+class _Idle:
+    """Watches for a cluster without any worker: not for ever, but a batch system may take as long as for the first."""
+
+    def __init__(self, client: Client) -> None:
+        self._client, self._asked, self._since = client, time.monotonic(), math.inf
+        self._limit = max(NO_WORKERS, float(dask.config.get("colonnade.start-timeout", 0.0)))
+
+    def check(self) -> None:
+        """Raise ``ResourceError`` if there has been no worker for too long; asks every few seconds."""
+        now = time.monotonic()
+        if now - self._asked < min(WIDTH_SECONDS, NO_WORKERS):
+            return
+        self._asked = now
+        if self._client.nthreads():
+            self._since = math.inf
+            return
+        self._since = min(self._since, now)
+        if now - self._since >= self._limit:
+            raise ResourceError(
+                f"no worker is left on {self._client.scheduler_info()['address']}; see the workers' logs "
+                "for why they ended, start them again, and run the same command again"
+            )
 
 
 def call(

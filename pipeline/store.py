@@ -285,18 +285,24 @@ def open_stack(path: Path) -> Stack:
 def read_through(path: Path) -> Iterator[tuple[str, str | None]]:
     """Read every stored value of a store, shard by shard: name of each array, and what is wrong with it, or None.
 
-    Each chunk carries a checksum (CRC-32C), which reading compares. Chunks that were never written hold fill values.
+    Each chunk carries a checksum (CRC-32C), which reading compares. A shard that is missing or empty reads as fill
+    values without complaint; of what we write only images may lack some, of frames that are not good.
     """
-    arrays = [(name, found) for name, found in open_group(path, "r").members(max_depth=None)]
-    for name, found in sorted(arrays, key=lambda member: member[0]):
+    for name, found in sorted(open_group(path, "r").members(max_depth=None), key=lambda member: member[0]):
         if not isinstance(found, zarr.Array):
             continue
-        trouble, step = None, max(1, (found.shards or found.chunks or (1,))[0]) if found.shape else 1
+        trouble, step = None, max(1, (found.shards or found.chunks or (1,))[0])
         try:
             for start in range(0, found.shape[0] if found.shape else 1, step):
                 _ = found[start : start + step] if found.shape else found[()]
         except Exception as error:  # each codec has errors of its own
             trouble = f"{type(error).__name__}: {error}"
+        files = [file for file in (path / name).rglob("*") if file.is_file() and file.name != "zarr.json"]
+        wanted = math.prod(math.ceil(n / m) for n, m in zip(found.shape, found.shards or found.chunks, strict=True))
+        if trouble is None and found.size and (len(files) < wanted or not all(file.stat().st_size for file in files)):
+            kept = sum(file.stat().st_size > 0 for file in files)
+            if not name.startswith(("images/", "examples/")) and kept < wanted:
+                trouble = f"{wanted - kept} of {wanted} shards are missing or empty"
         yield name, trouble
 
 

@@ -70,6 +70,7 @@ def verify(run: Path, *, count: int, seed: int, device: str = "cpu") -> Verified
     frames, same_device = 0, True
     if not problems:
         stored = _Stored(run)
+        problems += stored.miscounted()
         for start, stop in _cuts(task, count, seed):
             part = dataclasses.replace(task, start=start, stop=stop)
             found = single_threaded(lambda one: blocks.tables_of(one, Clock())[0], part)
@@ -108,6 +109,15 @@ class _Stored:
             for table, name in counts.items()
         }
 
+    def miscounted(self) -> list[str]:
+        """Tables that do not have as many rows as the frames say."""
+        lengths = {table: self._tables[table].sizes[TABLES[table].row] for table in self._first}
+        return [
+            f"/{table} has {lengths[table]} rows, /frames says {int(first[-1])}"
+            for table, first in self._first.items()
+            if lengths[table] != first[-1]
+        ]
+
     def rows(self, table: str, start: int, stop: int) -> dict[str, np.ndarray]:
         """The values of frames [start, stop)."""
         first = self._first.get(table)
@@ -121,6 +131,8 @@ def _differences(
     table: str, stored: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], exact: bool
 ) -> Iterator[str]:
     """What of newly computed rows is not as stored, a line each."""
+    if lost := sorted(set(found) - set(stored)):
+        yield f"/{table}: {', '.join(lost)} are computed, but not stored"
     for name in sorted(set(stored) & set(found)):
         kept = np.asarray(stored[name])
         if len(kept) != len(found[name]):
@@ -133,8 +145,8 @@ def _differences(
             fresh = found[name].astype(kept.dtype)
             limits = (0.0, 0.0)
             if not exact and kept.dtype.kind == "f":
-                largest = np.nanmax(np.abs(kept), initial=0.0)
-                limits = (CLOSE, CLOSE if name in ("y", "x") else CLOSE * float(largest))
+                largest = np.max(np.abs(kept[np.isfinite(kept)]), initial=0.0)
+                limits = (0.0, CLOSE) if name in ("y", "x") else (CLOSE, CLOSE * float(largest))
             wrong = ~np.isclose(kept, fresh, rtol=limits[0], atol=limits[1], equal_nan=kept.dtype.kind == "f")
         if wrong.any():
             at = int(np.flatnonzero(wrong.reshape(len(kept), -1).any(1))[0])

@@ -69,6 +69,29 @@ def test_a_flipped_byte_is_found_by_its_checksum(run, where):
     assert where.split("/")[-1] in done.problems[0]
 
 
+@pytest.mark.parametrize("how", ["missing", "empty"])
+@pytest.mark.parametrize(
+    "where", ["lattice.zarr/particles/y", "lattice.zarr/frames/drift_y", "stacks/lattice.zarr/counts"]
+)
+def test_a_lost_shard_is_no_fill_value(run, where, how):
+    chunk = next(path for path in (run.parent / where).rglob("c/**/*") if path.is_file())
+    if how == "missing":
+        chunk.unlink()
+    else:
+        chunk.write_bytes(b"")
+    done = verify(run, count=0, seed=0)
+    assert len(done.problems) == 1 and where.split("/")[-1] in done.problems[0]
+
+
+def test_another_version_is_compared_with_a_tolerance_of_hundredths_of_an_angstrom(run, monkeypatch):
+    monkeypatch.setattr("pipeline.verify.versions", lambda: {"torch": "another"})
+    assert verify(run, count=3, seed=0).problems == ()
+    array = zarr.open_group(run, mode="r+")["particles/y"]
+    array[...] = np.asarray(array[...]) + 0.05
+    done = verify(run, count=3, seed=0)
+    assert not done.exact and any("/particles/y" in text for text in done.problems)
+
+
 def test_what_cannot_be_verified_is_refused_with_the_remedy(run, monkeypatch):
     name, (version, before, sections) = "process", plan.STEPS["process"]
     with monkeypatch.context() as patch:

@@ -85,7 +85,8 @@ def test_show_prints_the_scripts_and_submits_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("walltime", "seconds"), [("00:05:00", 300), ("2-01:00:00", 176400), ("12:30", 45000), ("100:00:00", 360000)]
+    ("walltime", "seconds"),
+    [("00:05:00", 300), ("2-01:00:00", 176400), ("30:00", 1800), ("45", 2700), ("1-12", 129600)],
 )
 def test_walltimes(walltime, seconds):
     assert batch.seconds_of(walltime) == seconds
