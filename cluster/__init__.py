@@ -1,5 +1,5 @@
 """Where a job runs."""
 
-from cluster.connect import connect
+from cluster.connect import Interrupted, connect
 
-__all__ = ["connect"]
+__all__ = ["Interrupted", "connect"]

@@ -101,7 +101,7 @@ def run(
     redo: Annotated[str | None, typer.Option(help="compute this step and all after it again")] = None,
 ) -> None:
     """Process movies; what an earlier run finished is used."""
-    from cluster import connect
+    from cluster import Interrupted, connect
     from pipeline import plan
     from pipeline.progress import display
     from pipeline.story import run as run_job
@@ -115,11 +115,14 @@ def run(
     with logs(job.output), Signals() as signals:
         logging.getLogger("colonnade").info("run: %s", shlex.join(sys.argv))
         workers = connect(profile, job.output / "cluster", signals.stop)
-        # Innermost, so that it speaks before the workers are closed; outermost, for a stop before there were any.
-        with resumable(again, signals, console), workers as client, display(console) as progress:
-            outcomes = run_job(
-                job, client=client, device=profile.device, redo=redo, progress=progress, stop=signals.stop
-            )
+        try:
+            with workers as client, display(console) as progress, resumable(again, signals, console):
+                outcomes = run_job(
+                    job, client=client, device=profile.device, redo=redo, progress=progress, stop=signals.stop
+                )
+        except Interrupted as error:
+            console.print(f"{error}, by signal {signals.number}. To go on:", again, markup=False)
+            raise typer.Exit(128 + signals.number) from None
     raise typer.Exit(_tell(outcomes))
 
 

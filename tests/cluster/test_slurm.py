@@ -215,6 +215,18 @@ def test_a_queue_that_starts_nothing_is_left_with_the_reason(job, tmp_path):
     assert ended()
 
 
+def test_a_stop_is_heard_while_the_first_worker_is_waited_for(job, tmp_path):
+    place = profile(tmp_path, batch={"directives": ["--hold"]}, start_timeout=600)
+    words = tools.command("run", job(tmp_path / "out"), "--cluster", place)
+    run = subprocess.Popen(words, env=tools.environment(), stderr=subprocess.PIPE, text=True)
+    until(lambda: len(jobs("worker", "PENDING")) == 2, "jobs that wait", seconds=60)
+    run.terminate()
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 143
+    assert "waited for the first worker" in said and "To go on:" in said
+    until(ended, "end of all jobs", seconds=20)
+
+
 def test_a_refused_submission_is_told_in_the_words_of_the_batch_system(job, tmp_path):
     place = profile(tmp_path, batch={"queue": "nowhere"})
     for verb in ("run", "submit"):
