@@ -30,8 +30,8 @@ from schemas.profiles import Profile
 CLOSE_SECONDS = 15.0
 
 CONFIG = {
-    # A task lost with its worker says nothing of the task: Dask's own counter must never end a run.
-    "distributed.scheduler.allowed-failures": 1_000_000,
+    # A task lost with its worker comes back to us, who send it again without limit and know why it was lost.
+    "distributed.scheduler.allowed-failures": 0,
     # Blocks are sized to fit; spilling or pausing would hide that they do not, and stalls a night.
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ import torch
 from pipeline import inference, measure, models
 from pipeline.images import write_image
 from pipeline.movie import Clock, Movie, Task, open_movie, record, saturation_of
-from pipeline.parts import read_part, write_part
+from pipeline.parts import read_meta, read_part, write_part
 from pipeline.plan import SAMPLE_PIXELS, step_blocks
 from pipeline.prepare import prepare_denoiser
 from pipeline.steps import denoise, detector, drift, focus, noise
+from schemas.errors import ResourceError
+
+Compute = Callable[[Task], Mapping[str, Any]]
 
 SMALLER_TILES = 2  # how often tiles and windows are halved before memory is declared too small
 NO_NOISE = noise.NoiseModel(0.0, 1.0, 0.0, calibrated=False, signal_dependent=True)
@@ -41,6 +44,30 @@ def _good(movie: Movie, counts: np.ndarray, indices: np.ndarray) -> tuple[np.nda
     return ~(dropped | damaged), reasons, statistics
 
 
+def adopted(task: Task, step: str) -> Mapping[str, Any] | None:
+    """The record of a block whose part is there, though nobody was told: its worker or its driver died; else None."""
+    path = task.part(step)
+    if not path.exists() or (meta := read_meta(path) or {}).get("fingerprint") != dict(task.keys)[step]:
+        return None
+    rows = {table: int(meta.get(table, 0)) for table in ("rows", "particles")}
+    return {"seconds": {}, "adopted": True, **rows}
+
+
+def _once(step: str) -> Callable[[Compute], Compute]:
+    """Makes a task that finds its block finished say so, and compute nothing."""
+
+    def decorate(compute: Compute) -> Compute:
+        @functools.wraps(compute)
+        def wrapper(task: Task) -> Mapping[str, Any]:
+            found = adopted(task, step)
+            return compute(task) if found is None else found
+
+        return wrapper
+
+    return decorate
+
+
+@_once("calibrate")
 def calibrate(task: Task) -> Mapping[str, Any]:
     """Bad pixels, noise model, brightness and the weights of frequencies, from a fixed sample of the movie."""
     clock, movie, settings = Clock(), open_movie(task), task.settings
@@ -98,6 +125,7 @@ def _frequency_weight(electrons: np.ndarray, task: Task) -> np.ndarray:
     )
 
 
+@_once("survey")
 def survey(task: Task) -> Mapping[str, Any]:
     """Statistics and flags of the task's frames, and the shifts of the pairs that begin in them."""
     clock, movie, options = Clock(), open_movie(task), task.settings.drift
@@ -143,6 +171,7 @@ def _plane_offsets(movie: Movie, start: int, good: np.ndarray, clock: Clock) -> 
     return found
 
 
+@_once("drift")
 def solve_drift(task: Task) -> Mapping[str, Any]:
     """One path of the specimen from the pairs of all blocks, offsets of planes, and the list of good frames."""
     clock, settings = Clock(), task.settings
@@ -175,6 +204,7 @@ def solve_drift(task: Task) -> Mapping[str, Any]:
     return record(clock, good=int(good.sum()))
 
 
+@_once("adapt")
 def adapt(task: Task) -> Mapping[str, Any]:
     """The denoiser's weights for this movie, written beside the part that names them."""
     clock, movie = Clock(), open_movie(task)
@@ -185,6 +215,7 @@ def adapt(task: Task) -> Mapping[str, Any]:
     return record(clock, **{key: facts[key] for key in ("network", "weights", "sha256") if key in facts})
 
 
+@_once("vote")
 def vote(task: Task) -> Mapping[str, Any]:
     """Whether atoms are bright or dark in this movie, by the network on a few denoised frames."""
     clock, movie = Clock(), open_movie(task)
@@ -194,23 +225,31 @@ def vote(task: Task) -> Mapping[str, Any]:
     return record(clock, **meta)
 
 
+@_once("process")
 def process(task: Task) -> Mapping[str, Any]:
     """All pixels of the task's frames, once: denoise, low-pass, segment, find and refine columns, name species.
 
     Memory that runs out, on host or device, costs smaller tiles and windows, and ``/frames/device`` says so.
     """
-    clock = Clock()
-    for attempt in range(SMALLER_TILES):
-        with suppress(MemoryError, torch.OutOfMemoryError):
-            return _process(_with_tiles(task, attempt), clock)
-    return _process(_with_tiles(task, SMALLER_TILES), clock)
+    clock, attempt = Clock(), task
+    while True:
+        try:
+            return _process(attempt, clock)
+        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+            if type(error) is RuntimeError and "can't allocate memory" not in str(error):  # as torch says it of a host
+                raise
+            if (less := smaller(attempt)) is None:
+                raise ResourceError(
+                    f"memory ran out with the smallest tiles ({error}); give workers more, or set blocks.frames lower"
+                ) from error
+            attempt = less
 
 
-def _with_tiles(task: Task, halvings: int) -> Task:
-    """The task with its tiles and windows halved so many times; everything else, its key too, stays."""
-    if not halvings:
-        return task
-    options, side = task.settings, 2**halvings
+def smaller(task: Task) -> Task | None:
+    """The task with its tiles and windows halved once more, all else as it was; None if they are small already."""
+    if task.halvings == SMALLER_TILES:
+        return None
+    options, side = task.settings, 2
     tile = max(64, (options.denoise.tile or 1024) // side)
     window = max(4 * models.halo_of(options.segment), (options.segment.window or 1024) // side)
     particles = max(4 * models.halo_of(options.particles), (options.particles.window or 1024) // side)
@@ -220,7 +259,7 @@ def _with_tiles(task: Task, halvings: int) -> Task:
         "particles": options.particles.model_copy(update={"window": particles}),
         "species": options.species.model_copy(update={"window": (options.species.window or 1024) // side}),
     }
-    return dataclasses.replace(task, settings=options.model_copy(update=changed), halvings=halvings)
+    return dataclasses.replace(task, settings=options.model_copy(update=changed), halvings=task.halvings + 1)
 
 
 def tables_of(task: Task, clock: Clock) -> tuple[dict[str, measure.Rows], inference.Images, list[measure.Measured]]:

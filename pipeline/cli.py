@@ -204,7 +204,7 @@ def ingest(
 ) -> None:
     """Copy movies into chunked, calibrated Zarr stacks: colonnade ingest SOURCE… STACK.zarr."""
     from cluster import connect
-    from pipeline.graph import Stopped
+    from pipeline.patience import Stopped
     from pipeline.preflight import ingest_all
     from pipeline.progress import display
     from schemas.profiles import load_profile

@@ -76,7 +76,7 @@ def without_redo(words: list[str]) -> list[str]:
 @contextmanager
 def resumable(again: str, signals: Signals, console: Console) -> Iterator[None]:
     """Say how to go on, before the workers are closed: that may take a while, and a user who stopped does not wait."""
-    from pipeline.graph import Stopped
+    from pipeline.patience import Stopped
 
     try:
         yield

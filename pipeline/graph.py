@@ -1,46 +1,47 @@
 """The only file that builds Dask tasks: opaque calls, resources stated on each, a bounded window in flight.
 
-Collections would drop resources when they are fused, and hold a graph as large as the archive; so every task is one
-``client.submit`` of a plain function on a JSON-able context and a range of frames. Its result is a small record.
+Collections would drop resources when they are fused, and hold a graph as large as the archive; so every task is a
+plain function on a JSON-able context and a range of frames. Its result is a small record.
 """
 
 from __future__ import annotations
 
-import errno
 import functools
+import itertools
 import logging
 import math
-import os
 import queue
 import threading
 import time
+import traceback
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
-import dask.config
-from distributed import CancelledError, Client, Future
+from distributed import Client, Future, get_worker
+from distributed.protocol import deserialize_bytes, serialize_bytes
 from distributed.scheduler import KilledWorker
 from threadpoolctl import ThreadpoolController
 
+from pipeline.patience import LOOK_SECONDS, Idle, Patience, Stopped, site_errno
 from pipeline.steps.denoise import one_thread
-from schemas.errors import ResourceError
+from schemas.errors import ColonnadeError, ResourceError
 
 log = logging.getLogger("colonnade")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Smaller = Callable[[Item], Item | None]
+"""Makes an item that needs less memory; None where there is none."""
 
-STOP_POLL = 0.3  # s
-# What a full quota, a read-only remount or a file server that restarts looks like; pauses and patience in seconds.
-SITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
-FIRST_PAUSE, LONGEST_PAUSE, PATIENCE = 1.0, 60.0, 900.0
-WIDTH_SECONDS = 5.0  # between two looks at how many workers there are
-NO_WORKERS = 600.0  # s without any worker after which waiting is given up; on batch systems start_timeout if longer
-
-
-class Stopped(Exception):
-    """The user, or the batch system, asked the run to stop."""
+POLL = 0.3  # s between two looks at what became of tasks that do not answer, and at a wish to stop
+ANSWERS, STARVED = "colonnade-answers", "worker-restart-memory"  # topics of messages: ours, and one of Dask's nannies
+# Workers that a block costs for want of memory before it is made smaller: the first may be a neighbour's fault.
+MEMORY_DEATHS = 2
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def stream(
@@ -52,13 +53,15 @@ def stream(
     stop: threading.Event,
     resources: dict[str, float] | None = None,
     in_flight: int = 0,
+    smaller: Smaller[Item] = lambda _: None,
 ) -> Iterator[tuple[Item, Result]]:
     """Call ``function`` on every item and yield (item, result) as they finish.
 
     With ``client`` None everything is computed here, in order. Else at most ``in_flight`` tasks are known to the
     scheduler at any time (default: twice the workers), so that its memory does not grow with the archive. A task
-    whose worker died is sent again, without limit; one that found the disk full or read-only again and again for
-    PATIENCE seconds; any other exception of the function itself is raised here.
+    whose worker died is sent again, without limit, unless it was memory that ran out: then ``smaller`` items are sent,
+    and yielded, as long as there are any. One that found the disk full or read-only is sent again for PATIENCE seconds;
+    a bug is raised once two workers agree on it; errors that a user must mend are raised at once.
     """
     if client is None:
         for item in items:
@@ -66,159 +69,7 @@ def stream(
                 raise Stopped
             yield item, _patiently(function, item, stop)
         return
-    yield from _stream_on_cluster(client, function, iter(items), label, stop, resources or {"CPU": 1}, in_flight)
-
-
-@functools.cache
-def _thread_pools() -> ThreadpoolController:
-    """The thread pools of BLAS and OpenMP in this process; finding them costs more than setting them."""
-    return ThreadpoolController()
-
-
-def single_threaded(function: Callable[[Item], Result], item: Item) -> Result:
-    """``function(item)`` on one thread, here as on any worker: how many share a sum decides its last bits."""
-    with one_thread(), _thread_pools().limit(limits=1):
-        return function(item)
-
-
-class _Patience:
-    """How long to bear with a site whose disk is full or read-only: ever longer pauses, PATIENCE seconds in all."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Something worked: all is well again."""
-        self._since, self._pause = 0.0, FIRST_PAUSE
-
-    def wait(self, error: Exception, stop: threading.Event) -> None:
-        """Pause before the next attempt, or raise: the error if it is of another kind, else when patience is over."""
-        if (number := _site_errno(error)) is None:
-            raise error
-        now = time.monotonic()
-        self._since = self._since or now
-        if now - self._since > PATIENCE:
-            raise ResourceError(
-                f"{os.strerror(number)} for {now - self._since:.0f} s ({error}); mend it and run the same command again"
-            ) from error
-        log.warning("%s (%s); trying again in %.0f s", os.strerror(number), error, self._pause)
-        if stop.wait(self._pause):
-            raise Stopped from None
-        self._pause = min(2 * self._pause, LONGEST_PAUSE)
-
-
-def _site_errno(error: BaseException | None) -> int | None:
-    """What the operating system said, if it is something that a site may mend while a run waits; else None."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in SITE_ERRORS:
-            return error.errno
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _patiently(function: Callable[[Item], Result], item: Item, stop: threading.Event) -> Result:
-    patience = _Patience()
-    while True:
-        try:
-            return single_threaded(function, item)
-        except Exception as error:
-            patience.wait(error, stop)
-
-
-class _Window:
-    """How many tasks the scheduler may know: as given, or twice the workers, which come and go on a batch system."""
-
-    def __init__(self, client: Client, given: int) -> None:
-        self._client, self._given, self._asked, self._workers = client, given, -WIDTH_SECONDS, 0
-
-    def tasks(self) -> int:
-        """The number now; workers are counted every WIDTH_SECONDS, since it costs more than a small block."""
-        if not self._given and time.monotonic() - self._asked >= WIDTH_SECONDS:
-            self._workers, self._asked = len(self._client.nthreads()), time.monotonic()
-        return max(1, self._given or 2 * self._workers)
-
-
-def _stream_on_cluster(
-    client: Client,
-    function: Callable[[Item], Result],
-    pending: Iterator[Item],
-    label: str,
-    stop: threading.Event,
-    resources: dict[str, float],
-    in_flight: int,
-) -> Iterator[tuple[Item, Result]]:
-    futures: dict[Future[Result], Item] = {}
-    finished: queue.SimpleQueue[Future[Result]] = queue.SimpleQueue()
-    window, patience = _Window(client, in_flight), _Patience()
-
-    def send(item: Item) -> None:
-        key = f"{label}-{uuid.uuid4().hex}"
-        future = client.submit(single_threaded, function, item, key=key, resources=resources, pure=False, retries=0)
-        futures[future] = item
-        future.add_done_callback(finished.put)
-
-    def refill() -> None:
-        while len(futures) < window.tasks():
-            try:
-                send(next(pending))
-            except StopIteration:
-                return
-
-    idle = _Idle(client)
-    try:
-        refill()
-        while futures:
-            try:
-                future = finished.get(timeout=STOP_POLL)
-            except queue.Empty:
-                # A worker may be busy for a minute; a user who stops the run does not wait for it.
-                if stop.is_set():
-                    raise Stopped from None
-                idle.check()
-                continue
-            item = futures.pop(future)
-            try:
-                result = future.result()
-            except CancelledError as error:
-                raise ResourceError(f"the scheduler was lost ({error}); run the same command again to go on") from None
-            except Exception as error:
-                if not isinstance(error, KilledWorker):
-                    patience.wait(error, stop)
-                send(item)
-                continue
-            patience.reset()
-            future.release()
-            yield item, result
-            if stop.is_set():
-                raise Stopped
-            refill()
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-class _Idle:
-    """Watches for a cluster without any worker: not for ever, but a batch system may take as long as for the first."""
-
-    def __init__(self, client: Client) -> None:
-        self._client, self._asked, self._since = client, time.monotonic(), math.inf
-        self._limit = max(NO_WORKERS, float(dask.config.get("colonnade.start-timeout", 0.0)))
-
-    def check(self) -> None:
-        """Raise ``ResourceError`` if there has been no worker for too long; asks every few seconds."""
-        now = time.monotonic()
-        if now - self._asked < min(WIDTH_SECONDS, NO_WORKERS):
-            return
-        self._asked = now
-        if self._client.nthreads():
-            self._since = math.inf
-            return
-        self._since = min(self._since, now)
-        if now - self._since >= self._limit:
-            raise ResourceError(
-                f"no worker is left on {self._client.scheduler_info()['address']}; see the workers' logs "
-                "for why they ended, start them again, and run the same command again"
-            )
+    yield from _Stream(client, function, label, stop, resources or {"CPU": 1}, in_flight, smaller).run(iter(items))
 
 
 def call(
@@ -238,3 +89,240 @@ def smallest_memory(client: Client | None) -> float:
     """Bytes that the smallest worker may use; infinite where no limit is known."""
     workers = client.scheduler_info(n_workers=-1)["workers"].values() if client is not None else []
     return min((float(worker["memory_limit"] or math.inf) for worker in workers), default=math.inf)
+
+
+# ------------------------------------------------------------------------------------------------- where it computes
+
+
+@functools.cache
+def _thread_pools() -> ThreadpoolController:
+    """The thread pools of BLAS and OpenMP in this process; finding them costs more than setting them."""
+    return ThreadpoolController()
+
+
+def single_threaded(function: Callable[[Item], Result], item: Item) -> Result:
+    """``function(item)`` on one thread, here as on any worker: how many share a sum decides its last bits."""
+    with one_thread(), _thread_pools().limit(limits=1):
+        return function(item)
+
+
+def _patiently(function: Callable[[Item], Result], item: Item, stop: threading.Event) -> Result:
+    patience = Patience()
+    while True:
+        try:
+            return single_threaded(function, item)
+        except Exception as error:
+            if site_errno(error) is None:
+                raise
+            patience.wait(error, stop)
+
+
+def _answer(function: Callable[[Item], Any], item: Item, key: str) -> None:
+    """What a worker does: the result travels as a message, ahead of Dask's own that the task has finished.
+
+    So nothing need be fetched, and nothing that was told can be lost with the worker that computed it.
+    """
+    worker = get_worker()
+    try:
+        answer: Any = single_threaded(function, item)
+    except Exception as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(str(ROOT))]
+        error.add_note(f"on worker {worker.address}:\n" + "".join(traceback.format_list(frames[-4:])).rstrip())
+        answer = error
+    try:
+        data = serialize_bytes(answer)
+        deserialize_bytes(data)  # some exceptions can be packed and not unpacked
+    except Exception:
+        data = serialize_bytes(RuntimeError(f"{type(answer).__name__}: {answer}"))
+    worker.log_event(ANSWERS, {"key": key, "worker": worker.address, "data": data})
+
+
+# ----------------------------------------------------------------------------------------------- where it is awaited
+
+
+class _Mail:
+    """Messages of a client's workers, handed to the streams that wait for them."""
+
+    def __init__(self, client: Client) -> None:
+        self._boxes: dict[str, queue.SimpleQueue[tuple[str, str, bytes]]] = {}
+        self.starved: set[str] = set()
+        client.subscribe_topic(ANSWERS, self._deliver)
+        client.subscribe_topic(STARVED, lambda event: self.starved.add(event[1]["worker"]))
+
+    def expect(self, keys: Sequence[str], box: queue.SimpleQueue[tuple[str, str, bytes]]) -> None:
+        """Put the answers of tasks into a box, once each."""
+        self._boxes.update(dict.fromkeys(keys, box))
+
+    def forget(self, key: str) -> None:
+        """Nobody waits for this task any more."""
+        self._boxes.pop(key, None)
+
+    def _deliver(self, event: tuple[float, dict[str, Any]]) -> None:
+        message = event[1]
+        if (box := self._boxes.pop(message["key"], None)) is not None:
+            box.put((message["key"], message["worker"], message["data"]))
+
+
+_mail: weakref.WeakKeyDictionary[Client, _Mail] = weakref.WeakKeyDictionary()
+_mail_lock = threading.Lock()
+
+
+def _mail_of(client: Client) -> _Mail:
+    with _mail_lock:
+        if client not in _mail:
+            _mail[client] = _Mail(client)
+        return _mail[client]
+
+
+@dataclass
+class _Sent(Generic[Item]):
+    """A task that the scheduler knows, and the workers that it has cost."""
+
+    item: Item
+    future: Future[None] | None = None
+    avoid: str = ""
+    lost: int = 0
+    starved: int = 0
+    silent: bool = False
+
+
+class _Stream(Generic[Item, Result]):
+    """One stream of tasks on a cluster."""
+
+    def __init__(
+        self, client: Client, function: Callable[[Item], Result], label: str, stop: threading.Event,
+        resources: dict[str, float], in_flight: int, smaller: Smaller[Item],
+    ) -> None:  # fmt: skip
+        self._client, self._function, self._label, self._stop = client, function, label, stop
+        self._resources, self._given, self._smaller = resources, in_flight, smaller
+        self._sent: dict[str, _Sent[Item]] = {}
+        self._mail, self._box = _mail_of(client), queue.SimpleQueue[tuple[str, str, bytes]]()
+        self._workers, self._counted, self._looked = 0, -math.inf, time.monotonic()
+        self._patience, self._idle = Patience(), Idle(client)
+        self._raised: dict[str, str] = {}  # exceptions that only one worker met so far
+
+    def run(self, pending: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
+        """All items, as they finish."""
+        try:
+            self._refill(pending)
+            while self._sent:
+                for item, result in self._answered():
+                    yield item, result
+                    if self._stop.is_set():
+                        raise Stopped
+                if time.monotonic() - self._looked >= POLL:
+                    self._look()
+                self._refill(pending)
+        finally:
+            for key, sent in self._sent.items():
+                self._mail.forget(key)
+                if sent.future is not None:
+                    sent.future.cancel()
+
+    def _width(self) -> int:
+        """Tasks that the scheduler may know: as given, or twice the workers, which come and go on a batch system."""
+        if not self._given and time.monotonic() - self._counted >= LOOK_SECONDS:
+            self._workers, self._counted = len(self._client.nthreads()), time.monotonic()
+        return max(1, self._given or 2 * self._workers)
+
+    def _refill(self, pending: Iterator[Item]) -> None:
+        free = self._width() - len(self._sent)
+        if free > 0 and (items := list(itertools.islice(pending, free))):
+            self._send([_Sent(item) for item in items])
+
+    def _send(self, tasks: list[_Sent[Item]]) -> None:
+        """Many at once, since each call to the scheduler costs as much as a task."""
+        keys = [f"{self._label}-{uuid.uuid4().hex}" for _ in tasks]
+        self._mail.expect(keys, self._box)
+        others = [address for address in self._client.nthreads() if address != tasks[0].avoid] if tasks[0].avoid else []
+        futures = self._client.map(
+            _answer, [self._function] * len(keys), [task.item for task in tasks], keys, key=keys,
+            resources=self._resources, workers=others or None, allow_other_workers=bool(others), pure=False, retries=0,
+        )  # fmt: skip
+        for key, task, future in zip(keys, tasks, futures, strict=True):
+            task.future, task.silent = future, False
+            self._sent[key] = task
+
+    def _answered(self) -> Iterator[tuple[Item, Result]]:
+        """Results that have come; waits for the first of them, but not for long."""
+        try:
+            answers = [self._box.get(timeout=POLL)]
+        except queue.Empty:
+            return
+        while not self._box.empty():
+            answers.append(self._box.get())
+        for key, worker, data in answers:
+            task = self._sent.pop(key)
+            answer = deserialize_bytes(data)
+            if isinstance(answer, Exception):
+                self._failed(task, answer, worker)
+                continue
+            self._patience.reset()
+            if task.future is not None:
+                task.future.release()
+            if task.avoid:
+                self._renew(task.avoid)
+            yield task.item, answer
+
+    def _failed(self, task: _Sent[Item], error: Exception, worker: str) -> None:
+        """Send a task that raised an exception again, or raise it here: what a user must mend, and bugs.
+
+        A bug is what two workers agree on, or what no other worker can disprove.
+        """
+        if site_errno(error) is not None:
+            self._patience.wait(error, self._stop)
+        elif isinstance(error, ColonnadeError) or not set(self._client.nthreads()) - {worker}:
+            raise error
+        else:
+            kind = f"{type(error).__name__}: {error}"
+            if self._raised.setdefault(kind, worker) != worker:
+                raise error
+            log.error("%s: %s on worker %s; another one tries the same block", self._label, kind, worker)
+            task.avoid = worker
+        self._send([task])
+
+    def _renew(self, worker: str) -> None:
+        """Start a worker anew that failed where another one did not, as one does whose GPU met an error."""
+        log.warning("%s: worker %s failed where another one did not; it is started anew", self._label, worker)
+        if worker in self._client.nthreads():
+            restart = functools.partial(self._client.restart_workers, [worker], raise_for_error=False)
+            threading.Thread(target=restart, daemon=True, name="renew").start()
+
+    def _look(self) -> None:
+        """Find out what became of tasks whose worker said nothing."""
+        self._looked = time.monotonic()
+        if self._stop.is_set():  # a worker may be busy for a minute; a user who stops the run does not wait for it
+            raise Stopped
+        self._idle.check()
+        again = []
+        for key, task in list(self._sent.items()):
+            status = "lost" if task.future is None else task.future.status
+            if status == "cancelled":
+                raise ResourceError("the scheduler was lost; run the same command again to go on")
+            # Its message comes before the state does, but may be waiting in the box just now: look twice.
+            if status == "error" or (status == "finished" and task.silent):
+                again.append(self._sent.pop(key))
+                self._mail.forget(key)
+                if again[-1].future is not None and status == "error":
+                    self._lost(again[-1], again[-1].future.exception())
+            task.silent = status == "finished"
+        for task in again:
+            self._send([task])
+
+    def _lost(self, task: _Sent[Item], error: BaseException | None) -> None:
+        """Note that a worker died under a task, and make the task smaller if memory was the cause."""
+        if not isinstance(error, KilledWorker):
+            raise error or RuntimeError(f"{self._label}: a task failed without a reason")
+        worker, memory = error.last_worker.address, error.last_worker.address in self._mail.starved
+        task.lost, task.starved = task.lost + 1, task.starved + memory
+        cause = "ended for want of memory" if memory else "was lost"
+        log.warning("%s: worker %s %s; its block is sent again (%d)", self._label, worker, cause, task.lost)
+        if not memory or task.starved < MEMORY_DEATHS:
+            return
+        if (less := self._smaller(task.item)) is None:
+            limit = error.last_worker.memory_limit
+            raise ResourceError(
+                f"{self._label}: a block ended {task.starved} workers of {limit / 1e9:.1f} GB for want of memory, with "
+                "the smallest tiles too; give workers more memory, or set blocks.frames lower"
+            )
+        task.item = less

@@ -15,13 +15,13 @@ from distributed import Client
 
 from pipeline import blocks, collect, graph, images, models, plan, store
 from pipeline.collect import Piece
-from pipeline.graph import Stopped
 from pipeline.ingest.describe import describe
 from pipeline.ingest.to_stack import binned_dtype, calibration_of, open_ingested, plan_cut, write_stack
 from pipeline.job import Engine, Outcome, PlannedMovie, Progress, Silent, movies_of, overrides_of
 from pipeline.ledger import Lease, Ledger
 from pipeline.movie import Task
 from pipeline.parts import part_path, read_meta, sweep
+from pipeline.patience import Stopped
 from pipeline.provenance import describe_run
 from schemas.errors import SchemaError, SettingsError, SourceError
 from schemas.settings import Job, Settings
@@ -290,7 +290,7 @@ class Story:
     def _stream(self, function: Callable[[Any], Any], items: Any, label: str) -> Iterator[tuple[Any, Any]]:
         return graph.stream(
             self.engine.client, function, items, label=f"{label}-{self.movie.name}", stop=self.engine.stop,
-            resources=self.engine.resources,
+            resources=self.engine.resources, smaller=blocks.smaller if label == "process" else lambda _: None,
         )  # fmt: skip
 
     def _is_finished(self, name: str, start: int, stop: int) -> bool:
@@ -298,9 +298,8 @@ class Story:
         if not plan.finished(self.ledger, self.parts, name, start, stop, self.keys[name]):
             return False
         if not self.ledger.is_done(name, start, stop, self.keys[name]):
-            meta = read_meta(part_path(self.parts, name, start, stop, self.keys[name])) or {}
-            rows = {table: meta.get(table, 0) for table in ("rows", "particles")}
-            self._done(name, start, stop, {"seconds": {}, "adopted": True, **rows})
+            task = dataclasses.replace(self.task, start=start, stop=stop)
+            self._done(name, start, stop, blocks.adopted(task, name) or {"seconds": {}, "adopted": True})
         return True
 
     def _done(self, step: str, start: int, stop: int, result: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import graph
+from pipeline import graph, patience
 from tests import e2e_tools as tools
 
 
@@ -77,7 +77,7 @@ def fill(disk: Path) -> None:
 
 @pytest.mark.parametrize("workers", [None, 2])
 def test_a_full_disk_is_waited_for(disk, movie, undisturbed, workers, caplog, monkeypatch):
-    monkeypatch.setattr(graph, "FIRST_PAUSE", 0.2)
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.2)
     output = disk / "out"
     trouble = Trouble(output, lambda: fill(disk), (disk / "ballast").unlink)
     trouble.thread.start()
@@ -92,10 +92,10 @@ def test_a_full_disk_is_waited_for(disk, movie, undisturbed, workers, caplog, mo
 IMPATIENT = """
 import sys
 from pathlib import Path
-import pipeline.graph
+import pipeline.patience
 from pipeline.story import run
 from schemas.jobfile import load_job
-pipeline.graph.FIRST_PAUSE, pipeline.graph.PATIENCE = 0.1, 0.5
+pipeline.patience.FIRST_PAUSE, pipeline.patience.PATIENCE = 0.1, 0.5
 run(load_job(Path(sys.argv[1]), []))
 """
 

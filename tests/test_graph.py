@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from distributed import Client
 
 from cluster import connect
-from pipeline.graph import Stopped, call, smallest_memory, stream
+from pipeline.graph import call, smallest_memory, stream
+from pipeline.patience import Stopped
 from schemas.errors import ResourceError, SourceError
 from schemas.profiles import Profile
 
@@ -103,6 +105,78 @@ def test_an_error_of_the_task_is_raised_once_and_never_retried(client: Client, t
     assert Path(name).read_text() == "x"
 
 
+def bug_once(marker: str) -> int:
+    """A bug on the first worker that comes along, and on no other: what a GPU that met an error does."""
+    path = Path(marker)
+    if not path.exists():
+        path.write_text(str(os.getpid()))
+    if int(path.read_text()) == os.getpid():
+        raise ZeroDivisionError("this worker is ill")
+    return os.getpid()
+
+
+def bug_everywhere(name: str) -> None:
+    with Path(name).open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    raise ZeroDivisionError("one over nothing")
+
+
+def test_a_bug_of_one_worker_is_disproved_by_another_and_the_worker_renewed(client: Client, tmp_path: Path) -> None:
+    marker = tmp_path / "ill"
+    ((_, found),) = stream(client, bug_once, [str(marker)], label="ill", stop=threading.Event())
+    ill = int(marker.read_text())
+    assert found != ill
+    end = time.monotonic() + 60
+    while psutil.pid_exists(ill) or len(client.nthreads()) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_a_bug_that_two_workers_agree_on_is_raised_once_with_its_place(client: Client, tmp_path: Path) -> None:
+    name = tmp_path / "tried"
+    with pytest.raises(ZeroDivisionError, match="one over nothing") as caught:
+        list(stream(client, bug_everywhere, [str(name)], label="bug", stop=threading.Event()))
+    assert len(set(name.read_text().split())) == 2
+    (note,) = caught.value.__notes__
+    assert "on worker tcp://" in note and "in bug_everywhere" in note
+
+
+class Unpackable(Exception):
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def raise_unpackable(_: int) -> None:
+    raise Unpackable(1, 2)
+
+
+def test_an_exception_that_cannot_travel_is_told_by_its_words(client: Client) -> None:
+    with pytest.raises(RuntimeError, match="Unpackable: 1 and 2"):
+        list(stream(client, raise_unpackable, [0], label="odd", stop=threading.Event()))
+
+
+def eat(item: tuple[str, int]) -> int:
+    """Needs more memory than a worker has, unless it was made smaller."""
+    folder, megabytes = item
+    (Path(folder) / f"{megabytes}-{os.getpid()}").touch()
+    held = bytearray(megabytes * 2**20)
+    held[:: 2**12] = b"x" * len(held[:: 2**12])
+    time.sleep(1.5 if megabytes > 500 else 0)  # until the nanny has looked
+    return megabytes
+
+
+def test_want_of_memory_costs_smaller_pieces_and_ends_with_the_reason(client: Client, tmp_path: Path) -> None:
+    def smaller(item: tuple[str, int]) -> tuple[str, int] | None:
+        return (item[0], 10) if item[1] > 1500 and item[1] % 2 == 0 else None
+
+    item = (str(tmp_path), 1800)
+    ((sent, found),) = stream(client, eat, [item], label="eat", stop=threading.Event(), smaller=smaller)
+    assert sent == (str(tmp_path), 10) and found == 10
+    assert len(list(tmp_path.glob("1800-*"))) >= 2  # the first death may have been a neighbour's fault
+    with pytest.raises(ResourceError, match=r"workers of 1\.5 GB for want of memory, with the smallest tiles too"):
+        list(stream(client, eat, [(str(tmp_path), 1801)], label="eat", stop=threading.Event(), smaller=smaller))
+
+
 def test_a_stop_ends_the_stream_between_tasks_here() -> None:
     stop = threading.Event()
     seen = []
@@ -157,9 +231,9 @@ def test_the_smallest_worker_counts(client: Client) -> None:
 
 
 def test_a_cluster_that_lost_all_workers_is_an_error_and_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import graph
+    from pipeline import patience
 
-    monkeypatch.setattr(graph, "NO_WORKERS", 0.5)
+    monkeypatch.setattr(patience, "NO_WORKERS", 0.5)
     with connect(Profile(kind="local", workers=1, memory=1.5)) as client:
         assert client is not None
         client.cluster.scale(0)

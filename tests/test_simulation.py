@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from cluster import connect
 from pipeline import simulation, store
 from pipeline.cli import app
-from pipeline.graph import Stopped
 from pipeline.ingest.sources import discover
+from pipeline.patience import Stopped
 from pipeline.results.truth import load_truth, truth_of
 from pipeline.simulate.movie import MovieSpec, simulate_movie
 from pipeline.simulation import layout_of, simulate_stack

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import store
-from pipeline.graph import Stopped
 from pipeline.ingest import to_stack
 from pipeline.ingest.describe import Description, SourceOverrides, describe
 from pipeline.ingest.sources import discover
 from pipeline.ingest.to_stack import Cut, binned_dtype, is_current, open_ingested, plan_cut, source_key, write_stack
+from pipeline.patience import Stopped
 from schemas.errors import SettingsError, SourceError
 from schemas.settings import Source, Stacks
 
