@@ -284,7 +284,8 @@ def _process(task: Task, clock: Clock) -> Mapping[str, Any]:
         meta = {"fingerprint": dict(task.keys)["process"], **rows, "device": images.device}
         arrays = {f"{table}.{name}": values for table, found in tables.items() for name, values in found.items()}
         write_part(task.part("process"), arrays, meta)
-    return record(clock, **rows, device=images.device)
+    loaded = {"denoise": images.denoiser, **models.in_use(task.settings, task.device)}
+    return record(clock, **rows, device=images.device, models=loaded)
 
 
 def _joined(tables: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -53,6 +53,16 @@ def hashes(settings: Settings) -> dict[str, str]:
     return found
 
 
+def in_use(settings: Settings, device: str) -> dict[str, str]:
+    """First digits of the hashes of the networks that this process computes with, beside the movie's own denoiser."""
+    named = {
+        "segment": settings.segment.model,
+        "particles": settings.particles.model,
+        "species": settings.species.model,
+    }
+    return {use: network(model, device).sha256[:12] for use, model in named.items() if model is not None}
+
+
 def particle_range(settings: Settings) -> tuple[float, float] | None:
     """Least and greatest sampling [Å/px] at which particles can be looked for; None where no model is named."""
     if settings.particles.model is None:

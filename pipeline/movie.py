@@ -75,10 +75,10 @@ def require_device(device: str) -> None:
 
 
 def device_text(device: str, dtype: str, halvings: int) -> str:
-    """Device, number format and torch build, as stored with every frame, and whether memory forced smaller tiles."""
+    """Device, number format, torch and CUDA build, as stored with every frame, and if memory forced smaller tiles."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
     smaller = f", tiles halved {halvings} times for want of memory" if halvings else ""
-    return f"{name}, {dtype}, torch {torch.__version__}{smaller}"
+    return f"{name}, {dtype}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}{smaller}"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 from pipeline import open_run
@@ -85,6 +86,16 @@ def test_run_records_where_it_came_from(reference, movie):
     assert said["sources"][0]["path"].endswith(movie[0].name)
     assert len(said["models"]["segment"]["sha256"]) == 64
     assert {"python", "torch", "zarr", "colonnade"} <= set(said["versions"])
+    of_frames = tools.tables(reference)["frames"]
+    (device,), (denoiser,) = (set(of_frames[name].values) for name in ("device", "denoiser"))
+    assert "cpu, " in device and f"torch {torch.__version__}, CUDA " in device
+    blocks = [record for record in tools.records(reference.parent) if record.get("step") == "process"]
+    blocks = [record for record in blocks if record["kind"] == "block"]
+    assert len(blocks) == 4
+    for block in blocks:
+        assert block["device"] == device and block["models"]["denoise"] == denoiser
+        for use, digits in block["models"].items():
+            assert use == "denoise" or said["models"][use]["sha256"].startswith(digits)
 
 
 READ = """
