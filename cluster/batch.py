@@ -23,8 +23,8 @@ log = logging.getLogger("colonnade")
 
 # Of a worker for which neither the profile nor jobqueue.yaml says.
 DEFAULTS = {"memory": "4GB", "cores": 1, "walltime": "01:00:00"}
-# How a job knows its own number: the name of its worker.
-JOB_NUMBER = {"slurm": "$SLURM_JOB_ID", "pbs": "$PBS_JOBID", "lsf": "$LSB_JOBID", "sge": "$JOB_ID"}
+# How a job knows its own number, as its submission was answered: the name of its worker.
+JOB_NUMBER = {"slurm": "$SLURM_JOB_ID", "pbs": "${PBS_JOBID%%.*}", "lsf": "$LSB_JOBID", "sge": "$JOB_ID"}
 COMMAND_SECONDS = 60.0
 # Workers leave on their own terms before the batch system ends them, and not all at once: results that one holds are
 # fetched within seconds, but a whole pool that ends at one moment leaves nobody to work on.
@@ -87,8 +87,7 @@ def _job(profile: Profile, *, name: str, scheduler: str, logs: Path, walltime: s
 def worker_script(profile: Profile, *, scheduler: str = "tcp://DRIVER:PORT", logs: Path, settings: str = "…") -> str:
     """The batch script of one worker. settings: Dask's, serialised."""
     batch = profile.batch
-    resources = '"CPU=1,GPU=1"' if batch.gpus else '"CPU=1"'
-    extra = ["--resources", resources]
+    extra = ["--resources", f'"{_declared(profile)}"']
     walltime = str(_wanted(profile, "walltime", batch.walltime))
     if (span := seconds_of(walltime)) >= LEAST_LIFETIME:
         extra += ["--lifetime", f"{LIFETIME * span:.0f}s", "--lifetime-stagger", f"{STAGGER * span:.0f}s"]
@@ -103,6 +102,10 @@ def worker_script(profile: Profile, *, scheduler: str = "tcp://DRIVER:PORT", log
     script = re.sub(r"--nthreads \d+", "--nthreads 1", made.job_script())
     number = JOB_NUMBER.get(profile.kind)
     return script.replace("--name colonnade-worker", f'--name "{number}"' if number else "")
+
+
+def _declared(profile: Profile) -> str:
+    return ",".join(f"{name}={number}" for name, number in profile.resources.items())
 
 
 def driver_script(profile: Profile, command: list[str], *, folder: Path, logs: Path) -> str:
@@ -167,7 +170,7 @@ def step_command(profile: Profile, scheduler: str) -> list[str]:
     words += [f"--gpus-per-task={batch.gpus}"] if batch.gpus else []
     words += [sys.executable, "-m", "distributed.cli.dask_worker", scheduler, "--nthreads", "1", "--nanny"]
     words += ["--memory-limit", f"{profile.memory or 4.0:g}GB", "--death-timeout", str(DEATH_TIMEOUT)]
-    words += ["--resources", "CPU=1,GPU=1" if batch.gpus else "CPU=1"]
+    words += ["--resources", _declared(profile)]
     words += ["--local-directory", str(profile.local_directory)] if profile.local_directory else []
     return words + (["--interface", batch.interface] if batch.interface else [])
 
@@ -240,7 +243,7 @@ def states_of(profile: Profile, jobs: list[str]) -> dict[str, tuple[str, str]] |
         log.debug("squeue: %s", error)
         return None
     rows = [line.split("|", 2) for line in answer.splitlines() if line.count("|") >= 2]
-    return {job: (state, reason) for job, state, reason in rows if job in jobs}
+    return {job: (state, reason if reason != "None" else "") for job, state, reason in rows if job in jobs}
 
 
 def settings_for_workers() -> str:

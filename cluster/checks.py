@@ -75,18 +75,19 @@ def check_workers(client: Client, profile: Profile) -> None:
             f"{len(client.nthreads())} of {wanted} worker(s) came within {profile.start_timeout:g} s; "
             "see the workers' log for why the others did not start"
         ) from None
-    ours = describe_process()
+    ours, declared = describe_process(), _resources(client)
     differences = []
     for address, theirs in client.run(describe_process).items():
         # Processes started here from the same folder run the same files by construction.
         same_place = profile.kind in ("local", "cuda") and theirs["root"] == ours["root"]
         known = {**theirs, "code": ours["code"]} if same_place else theirs
-        differences += differences_of(known, ours, place=address, device=profile.device)
+        device = "cpu" if profile.cpu is not None and "GPU" not in declared.get(address, {}) else profile.device
+        differences += differences_of(known, ours, place=address, device=device)
     if differences:
         raise ResourceError(
             "workers differ from this process; install the same copy everywhere:\n  " + "\n  ".join(differences)
         )
-    if missing := [address for address, has in _resources(client).items() if "CPU" not in has and "GPU" not in has]:
+    if missing := [address for address, has in declared.items() if "CPU" not in has and "GPU" not in has]:
         raise ResourceError(
             f"worker(s) {', '.join(missing)} declare no resources, so no task would ever start; "
             'start them with `dask worker … --resources "CPU=1" --nthreads 1`'

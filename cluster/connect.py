@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from cluster.batch import settings_for_workers
 from cluster.checks import check_workers, describe_process, differences_of
 from cluster.gpu import cuda_cluster
 from cluster.local import local_cluster
-from cluster.pool import FAILURES, Pool, Step
+from cluster.pool import FAILURES, WORKERS_FILES, Pool, Step
 from schemas.errors import ResourceError
 from schemas.profiles import Profile
 
@@ -80,7 +80,9 @@ class SameCopy(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         """Called as each worker starts."""
-        if found := differences_of(describe_process(), self.ours, place=worker.address, device=self.device):
+        # Of a mixed pool some workers are to have no GPU, and say so.
+        device = self.device if "GPU" in worker.state.total_resources else "cpu"
+        if found := differences_of(describe_process(), self.ours, place=worker.address, device=device):
             raise ResourceError("this worker differs from its driver:\n  " + "\n  ".join(found))
 
 
@@ -135,17 +137,20 @@ def _batch(profile: Profile, folder: Path, stop: threading.Event) -> Iterator[Cl
     def names() -> list[str]:
         return [str(worker.name) for worker in list(cluster.scheduler.workers.values())]
 
-    facts = (profile, cluster.scheduler_address, folder, settings_for_workers())
-    pool = Step(*facts) if profile.batch.one_allocation else Pool(*facts, names)
-    with _closing(cluster), Client(cluster, set_as_default=False) as client:
-        try:
+    facts = (cluster.scheduler_address, folder, settings_for_workers())
+    pools: list[Pool | Step] = (
+        [Step(profile, *facts)]
+        if profile.batch.one_allocation
+        else [Pool(one, *facts, names, file) for one, file in zip(profile.pools, WORKERS_FILES, strict=False)]
+    )
+    with _closing(cluster), Client(cluster, set_as_default=False) as client, ExitStack() as closing:
+        for pool in pools:
+            closing.callback(pool.close)
             pool.start()
-            _wait_for_first(client, pool, profile.start_timeout, stop)
-            check_workers(client, profile.model_copy(update={"workers": 1}))
-            client.register_plugin(SameCopy(describe_process(), profile.device))
-            yield client
-        finally:
-            pool.close()
+        _wait_for_first(client, pools[0], profile.start_timeout, stop)
+        check_workers(client, profile.model_copy(update={"workers": 1}))
+        client.register_plugin(SameCopy(describe_process(), profile.device))
+        yield client
 
 
 def _wait_for_first(client: Client, pool: Pool | Step, timeout: float, stop: threading.Event) -> None:

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +28,8 @@ log = logging.getLogger("colonnade")
 
 # So many jobs in a row that ended without their worker ever calling are no bad luck.
 FAILURES = 4
-DRIVER_FILE, WORKERS_FILE = "driver.json", "workers.json"
+DRIVER_FILE, WORKERS_FILES = "driver.json", ("workers.json", "workers-cpu.json")
+GONE_SECONDS = 60.0  # s without a word after which a worker's job counts as ended, where the batch system is not asked
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Worker:
     state: str = "PENDING"
     reason: str = ""
     called: bool = False
+    seen: float = 0.0
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Pool:
 
     folder: where its scripts, logs and ``state.json`` go, for ``colonnade status`` and ``colonnade cancel``.
     names: the names of the workers that the scheduler knows, which are the numbers of their jobs.
+    file: name of its state file.
     """
 
     profile: Profile
@@ -55,6 +58,7 @@ class Pool:
     folder: Path
     settings: str
     names: Callable[[], Collection[str]]
+    file: str = WORKERS_FILES[0]
     workers: dict[str, Worker] = field(default_factory=dict)
     ended: int = 0
     failures: int = 0
@@ -124,23 +128,24 @@ class Pool:
                 log.exception("looking after the worker jobs failed; trying again")
 
     def _look(self) -> None:
-        states, names = states_of(self.profile, list(self.workers)), set(self.names())
+        states, names, now = states_of(self.profile, list(self.workers)), set(self.names()), time.time()
         with self._lock:
             for worker in self.workers.values():
-                worker.called = worker.called or worker.job in names
+                if worker.job in names:
+                    worker.called, worker.seen = True, now
+                    worker.state = "RUNNING" if states is None else worker.state
                 if states is not None and worker.job in states:
                     worker.state, worker.reason = states[worker.job]
-            gone = (
-                []
-                if states is None or self._stop.is_set()
-                else [w for w in self.workers.values() if not alive(states.get(w.job))]
-            )
+            gone = [] if self._stop.is_set() else [w for w in self.workers.values() if self._has_ended(w, states, now)]
             for worker in gone:
                 del self.workers[worker.job]
                 self.ended += 1
                 self.failures = 0 if worker.called else self.failures + 1
         for worker in gone:
             log.warning("worker job %s has ended%s", worker.job, "" if worker.called else " before its worker called")
+        if states is None and gone:  # silent, but perhaps not dead: two would be one too many
+            with suppress(ResourceError):
+                cancel(self.profile, [worker.job for worker in gone])
         if self.failures < FAILURES:
             try:
                 while len(self.workers) < self.wanted and not self._stop.is_set():
@@ -153,16 +158,23 @@ class Pool:
             log.error("%d worker jobs in a row ended before their worker called; no more are submitted", self.failures)
         self._write()
 
+    def _has_ended(self, worker: Worker, states: Mapping[str, tuple[str, str]] | None, now: float) -> bool:
+        """By the batch system's word; where none can be had, by the silence of a worker that had called."""
+        if states is not None:
+            return not alive(states.get(worker.job))
+        return self.profile.kind != "slurm" and worker.called and now - worker.seen > GONE_SECONDS
+
     def _write(self) -> None:
         state = {
             "kind": self.profile.kind,
+            "resources": ", ".join(self.profile.resources),
             "wanted": self.wanted,
             "workers": [asdict(worker) for worker in self.workers.values()],
             "ended": self.ended,
             "refused": self.refused,
             "updated": time.time(),
         }
-        write_state(self.folder / WORKERS_FILE, state)
+        write_state(self.folder / self.file, state)
 
 
 @dataclass
@@ -229,19 +241,27 @@ def read_state(path: Path) -> dict[str, Any]:
 def describe(folder: Path) -> list[str]:
     """Lines on the driver and the workers, from the files beside the runs and, if it can be asked, the batch system."""
     lines = []
-    if driver := read_state(folder / DRIVER_FILE):
-        profile = Profile(kind=driver["kind"])
-        states = states_of(profile, [driver["job"]])
+    driver, *pools = (read_state(folder / name) for name in (DRIVER_FILE, *WORKERS_FILES))
+    known = [state for state in (driver, *pools) if state]
+    jobs = [
+        state["job"] for state in (driver, *(worker for pool in pools for worker in pool.get("workers", []))) if state
+    ]
+    states = states_of(Profile(kind=known[0]["kind"]), jobs) if known else None
+    if driver:
         state = (
             "not asked" if states is None else " ".join(filter(None, states.get(driver["job"], ("no longer queued",))))
         )
         lines.append(f"driver job {driver['job']} of {driver['kind']}: {state}")
-    if pool := read_state(folder / WORKERS_FILE):
-        count = Counter(worker["state"].lower() for worker in pool["workers"])
+    for pool in filter(None, pools):
+        workers = [(worker["state"], worker["reason"]) for worker in pool["workers"]]
+        if states is not None:  # a driver that was killed cannot have noted what became of its workers
+            workers = [states.get(worker["job"], ("ended", "")) for worker in pool["workers"]]
+        count = Counter(state.lower() for state, _ in workers)
         said = ", ".join(f"{number} {state}" for state, number in sorted(count.items())) or "none"
         age = time.time() - pool["updated"]
-        lines.append(f"workers: {said} of {pool['wanted']} wanted, {pool['ended']} ended, as of {age:.0f} s ago")
-        reasons = {worker["reason"] for worker in pool["workers"] if worker["state"] == "PENDING"} - {"", "None"}
+        kind = f"workers with {pool['resources']}" if len(list(filter(None, pools))) > 1 else "workers"
+        lines.append(f"{kind}: {said} of {pool['wanted']} wanted, {pool['ended']} ended, as of {age:.0f} s ago")
+        reasons = {reason for state, reason in workers if state == "PENDING"} - {""}
         lines += [f"waiting for: {', '.join(sorted(reasons))}"] if reasons else []
         lines += [f"refused: {pool['refused']}"] if pool["refused"] else []
     return lines

@@ -71,11 +71,12 @@ def cancel(folder: Annotated[Path, typer.Argument(help="folder of the runs")]) -
     """Stop a submitted job; what is done is kept, and submitting it again goes on."""
     from cluster import batch, pool
 
-    driver, workers = (pool.read_state(folder / "cluster" / name) for name in (pool.DRIVER_FILE, pool.WORKERS_FILE))
+    driver, *pools = (pool.read_state(folder / "cluster" / name) for name in (pool.DRIVER_FILE, *pool.WORKERS_FILES))
     if not driver:
         raise SettingsError(f"{folder} holds no submitted job; expected the output folder of `colonnade submit`")
     profile = Profile(kind=driver["kind"])
-    batch.cancel(profile, [driver["job"], *(worker["job"] for worker in workers.get("workers", []))])
+    workers = [worker["job"] for state in pools for worker in state.get("workers", [])]
+    batch.cancel(profile, [driver["job"], *workers])
     out.print(f"cancelled job {driver['job']} of {driver['kind']}; what is done is kept", markup=False)
 
 
@@ -85,7 +86,10 @@ def show(name: Annotated[str, typer.Argument(help="slurm, pbs, lsf, sge, htcondo
     from cluster import batch
 
     profile, logs = batch_profile(name), Path("OUTPUT/cluster/logs")
-    out.print("# --- worker", batch.worker_script(profile, logs=logs), sep="\n", markup=False)
+    for one in profile.pools:
+        out.print(
+            f"# --- worker, {', '.join(one.resources)}", batch.worker_script(one, logs=logs), sep="\n", markup=False
+        )
     if profile.kind != "htcondor":
         words = ["colonnade", "run", "JOB.yaml", "--cluster", name]
         out.print(

@@ -16,7 +16,7 @@ import time
 import traceback
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -85,10 +85,11 @@ def call(
     return next(result for _, result in stream(client, function, [item], label=label, stop=stop, resources=resources))
 
 
-def smallest_memory(client: Client | None) -> float:
-    """Bytes that the smallest worker may use; infinite where no limit is known."""
+def smallest_memory(client: Client | None, resources: Mapping[str, float]) -> float:
+    """Bytes that the smallest worker with these resources may use; infinite where no limit is known."""
     workers = client.scheduler_info(n_workers=-1)["workers"].values() if client is not None else []
-    return min((float(worker["memory_limit"] or math.inf) for worker in workers), default=math.inf)
+    able = [worker for worker in workers if set(resources) <= set(worker["resources"] or {})]
+    return min((float(worker["memory_limit"] or math.inf) for worker in able), default=math.inf)
 
 
 # ------------------------------------------------------------------------------------------------- where it computes

@@ -61,6 +61,10 @@ class Outcome:
     particles: int = 0
 
 
+HOST_STEPS = ("drift", "collect")
+"""Steps that solve or gather what others computed; ingest and simulate never ask for a GPU either."""
+
+
 @dataclass
 class Engine:
     """What all movies of a job share."""
@@ -72,10 +76,9 @@ class Engine:
     progress: Progress = field(default_factory=Silent)
     lease: Lease | None = None
 
-    @property
-    def resources(self) -> dict[str, float]:
-        """What each task needs of its worker."""
-        return {"GPU": 1} if self.device.startswith("cuda") else {"CPU": 1}
+    def resources(self, step: str = "process") -> dict[str, float]:
+        """What a task of a step needs of its worker: a GPU, if the run has some and the step computes on it."""
+        return {"GPU": 1} if self.device.startswith("cuda") and step not in HOST_STEPS else {"CPU": 1}
 
 
 def movies_of(job: Job) -> tuple[list[PlannedMovie], list[tuple[Path, str]]]:

@@ -137,7 +137,8 @@ def require_memory(engine: Engine, settings: Settings, shape: tuple[int, int, in
     """Refuse a cluster whose workers are too small, before any work is sent."""
     size, halo = plan.block_frames(settings, shape), plan.denoiser_halo(settings)
     plan.require_memory(
-        plan.predict_memory(settings, shape, itemsize, size, halo, planes), graph.smallest_memory(engine.client)
+        plan.predict_memory(settings, shape, itemsize, size, halo, planes),
+        graph.smallest_memory(engine.client, engine.resources()),
     )
 
 
@@ -248,7 +249,7 @@ class Story:
             self.engine.progress.advance(name, "collect", 1)
         graph.call(
             self.engine.client, collect.write_examples, self.task, label="examples", stop=self.engine.stop,
-            resources=self.engine.resources,
+            resources=self.engine.resources(),
         )  # fmt: skip
         self.engine.progress.advance(name, "collect", 1)
         store.update_run(self.path, self.attributes("complete"))
@@ -290,7 +291,7 @@ class Story:
     def _stream(self, function: Callable[[Any], Any], items: Any, label: str) -> Iterator[tuple[Any, Any]]:
         return graph.stream(
             self.engine.client, function, items, label=f"{label}-{self.movie.name}", stop=self.engine.stop,
-            resources=self.engine.resources, smaller=blocks.smaller if label == "process" else lambda _: None,
+            resources=self.engine.resources(label), smaller=blocks.smaller if label == "process" else lambda _: None,
         )  # fmt: skip
 
     def _is_finished(self, name: str, start: int, stop: int) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from schemas.errors import SettingsError
 from schemas.settings import Section
@@ -38,6 +38,14 @@ class Batch(Section):
     poll: float = Field(10.0, gt=0, description="seconds between two questions to the batch system")
 
 
+class CpuPool(Section):
+    """Workers without GPUs beside those with: they read, solve and write, and leave the GPUs to the pixels."""
+
+    workers: int = Field(1, ge=1, description="worker jobs without a GPU")
+    memory: float | None = Field(None, gt=0, description="GB that one of them may use")
+    batch: Batch = Field(default_factory=Batch, description="what the batch system is asked for")
+
+
 class Profile(Section):
     """A place to run. ``serial`` computes in this process, without any scheduler."""
 
@@ -55,6 +63,31 @@ class Profile(Section):
         120.0, gt=0, description="seconds to wait for the first worker; of a batch system: for as long as queues are"
     )
     batch: Batch = Field(default_factory=Batch, description="what a batch system is asked for")
+    cpu: CpuPool | None = Field(None, description="workers without a GPU beside those with; of batch systems")
+
+    @model_validator(mode="after")
+    def _mixed(self) -> Profile:
+        if self.cpu is not None and (not self.batch.gpus or self.cpu.batch.gpus or self.batch.one_allocation):
+            raise ValueError(
+                f"cpu asks for workers without a GPU beside those with, but batch.gpus is {self.batch.gpus}, "
+                f"cpu.batch.gpus {self.cpu.batch.gpus}, batch.one_allocation {self.batch.one_allocation}; expected "
+                "batch.gpus of at least 1, cpu.batch.gpus 0, and one_allocation false"
+            )
+        return self
+
+    @property
+    def pools(self) -> tuple[Profile, ...]:
+        """One profile for each kind of worker: those that process first."""
+        if self.cpu is None:
+            return (self,)
+        return self, self.model_copy(update={**dict(self.cpu), "cpu": None})
+
+    @property
+    def resources(self) -> dict[str, int]:
+        """What each worker declares and a task may ask for; one with a GPU does nothing else if others can."""
+        if self.device != "cuda":
+            return {"CPU": 1}
+        return {"GPU": 1} if self.cpu is not None else {"CPU": 1, "GPU": 1}
 
     @property
     def device(self) -> str:

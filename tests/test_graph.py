@@ -226,8 +226,8 @@ def threads_in_use(_: int) -> int:
 
 
 def test_the_smallest_worker_counts(client: Client) -> None:
-    assert smallest_memory(client) == pytest.approx(1.5e9, rel=0.01)
-    assert smallest_memory(None) == float("inf")
+    assert smallest_memory(client, {"CPU": 1}) == pytest.approx(1.5e9, rel=0.01)
+    assert smallest_memory(client, {"GPU": 1}) == smallest_memory(None, {"CPU": 1}) == float("inf")
 
 
 def test_a_cluster_that_lost_all_workers_is_an_error_and_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:

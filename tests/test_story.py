@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 
 from pipeline import store, story
-from pipeline.job import Outcome
+from pipeline.job import Engine, Outcome
 from pipeline.ledger import Ledger, read_records
 from pipeline.results.open import open_run
 from pipeline.steps.lowpass import ROLL_OFF, information_limit
@@ -202,3 +202,11 @@ def test_the_ledger_says_what_changed(runs: Runs) -> None:
     runs("drift.max_motion=3")
     ledger = Ledger(runs.output / "ledger" / "tiny")
     assert ledger.last_deps("drift")[1]["drift.max_motion"] == 3.0
+
+
+def test_only_steps_that_compute_on_a_gpu_ask_for_one(tmp_path):
+    engine = Engine(tmp_path, None, "cuda")
+    wanted = {step: engine.resources(step) for step in story.TASKS}
+    assert {step for step, needs in wanted.items() if needs == {"GPU": 1}} == set(story.TASKS) - {"drift"}
+    assert engine.resources("collect") == {"CPU": 1}
+    assert {frozenset(Engine(tmp_path, None, "cpu").resources(step)) for step in story.TASKS} == {frozenset({"CPU"})}

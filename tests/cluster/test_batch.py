@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from cluster import batch
+from cluster import batch, pool
 from schemas.errors import SettingsError
-from schemas.profiles import BATCH_KINDS, Profile, load_profile
+from schemas.profiles import BATCH_KINDS, CpuPool, Profile, load_profile
 from tests import e2e_tools as tools
 
 LOGS = Path("logs")
@@ -49,6 +51,46 @@ def test_gpus_are_asked_for_and_declared():
     script = batch.worker_script(made("slurm", gpus=1), logs=LOGS)
     assert "#SBATCH --gres=gpu:1" in script and '"CPU=1,GPU=1"' in script
     assert made("slurm", gpus=1).device == "cuda" and made("slurm").device == "cpu"
+
+
+def test_workers_without_a_gpu_have_a_script_of_their_own():
+    mixed = made("slurm", gpus=1).model_copy(update={"cpu": CpuPool(workers=2, batch={"queue": "cpu"})})
+    first, second = (batch.worker_script(one, logs=LOGS) for one in mixed.pools)
+    assert '--resources "GPU=1"' in first and "--gres=gpu:1" in first and "#SBATCH -p gpu" in first
+    assert '--resources "CPU=1"' in second and "--gres" not in second and "#SBATCH -p cpu" in second
+
+
+def test_a_worker_that_fell_silent_is_replaced_where_nobody_can_be_asked(tmp_path, monkeypatch):
+    """Of PBS, LSF and SGE only the scheduler knows; what stands in for their commands writes down what it is told."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    for command in ("qsub", "qdel"):
+        (bin_folder / command).write_text(
+            f'#!/bin/sh\necho {command} "$@" >> {tmp_path}/said\nwc -l < {tmp_path}/said\n'
+        )
+        (bin_folder / command).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(pool, "GONE_SECONDS", 0.5)
+    called = {"1", "2"}
+    workers = pool.Pool(
+        made("pbs", poll=0.1).model_copy(update={"workers": 2}), "tcp://x:1", tmp_path, "", lambda: called
+    )
+    workers.start()
+    try:
+        end = time.monotonic() + 30
+        while not all(worker.called for worker in workers.workers.values()):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        called.discard("2")
+        while workers.ended < 1 or len(workers.workers) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert "1" in workers.workers and "2" not in workers.workers
+        assert "qdel 2" in (tmp_path / "said").read_text()
+    finally:
+        workers.close()
+    # One that never called may wait in the queue for hours, and is left alone.
+    assert workers.ended == 1
 
 
 def test_the_users_own_jobqueue_file_is_honoured(monkeypatch):

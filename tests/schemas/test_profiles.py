@@ -51,3 +51,18 @@ def test_wrong_files_are_told(tmp_path: Path, text: str, said: str) -> None:
 def test_an_unknown_name_is_told() -> None:
     with pytest.raises(SettingsError, match=r"'slurmm' is no cluster profile; expected local, serial, cuda"):
         load_profile("slurmm")
+
+
+def test_workers_without_a_gpu_stand_beside_those_with(tmp_path: Path) -> None:
+    gpus, cpu = {"queue": "gpu", "gpus": 1}, {"workers": 3, "memory": 2.0, "batch": {"queue": "cpu"}}
+    profile = Profile(kind="slurm", workers=8, memory=16.0, batch=gpus, cpu=cpu)
+    first, second = profile.pools
+    assert (first.resources, first.device, first.workers, first.batch.queue) == ({"GPU": 1}, "cuda", 8, "gpu")
+    assert (second.resources, second.device, second.workers, second.batch.queue) == ({"CPU": 1}, "cpu", 3, "cpu")
+    assert second.memory == 2.0 and second.pools == (second,)
+    (alone,) = Profile(kind="slurm", batch=gpus).pools
+    assert alone.resources == {"CPU": 1, "GPU": 1}
+    path = tmp_path / "site.yaml"
+    path.write_text("kind: slurm\ncpu: {workers: 2}\n")
+    with pytest.raises(SettingsError, match=r"batch\.gpus is 0"):
+        load_profile(str(path))
