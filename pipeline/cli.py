@@ -182,15 +182,23 @@ def check(
 
 @app.command()
 def plan(
-    sources: SourcesArgument, output: OutputOption = None, overrides: SetOption = None, cluster: ClusterOption = None
+    sources: SourcesArgument,
+    output: OutputOption = None,
+    overrides: SetOption = None,
+    cluster: ClusterOption = None,
+    pilot: Annotated[bool, typer.Option("--pilot", help="compute a few blocks there and forecast from them")] = False,
 ) -> None:
     """Show blocks, windows, memory, time, bytes and files, and why each block will run; computes nothing."""
     from cluster.local import size
+    from pipeline.cli_cluster import run_pilot
     from pipeline.preflight import print_plan
     from schemas.profiles import load_profile
 
     job = _job(sources, output, overrides)
     profile = load_profile(cluster)
+    if pilot:
+        run_pilot(job, profile, console)
+        return
     workers, memory = size(profile) if profile.kind == "local" else (profile.workers or 1, profile.memory)
     print_plan(job, out, workers=workers, memory=memory)
 
