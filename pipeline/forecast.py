@@ -21,6 +21,7 @@ from rich.table import Table
 
 from pipeline.blocks import sample_indices
 from pipeline.collect import TABLES
+from pipeline.networks.adapt import CHECK_FRAMES
 from pipeline.pilot import BLOCK_STEPS, STEPS, TRAINING_STEPS, Measured
 from pipeline.preflight import MoviePlan
 from pipeline.results.status import duration
@@ -70,8 +71,8 @@ def _seconds(step: str, movie: MoviePlan, found: Measured) -> float:
     pixels = math.prod(movie.shape[1:]) / math.prod(tried.shape[1:])
     blocks = math.ceil(frames / movie.size)
     if step in BLOCK_STEPS:
-        done = 1 - movie.todo(step) / blocks
-        return took * frames * (1 - done) / min(tried.size, tried_frames) * pixels
+        took *= _pairs_alike(movie, found) if step == "survey" else 1.0
+        return took * frames * movie.todo(step) / blocks / min(tried.size, tried_frames) * pixels
     if step == "ingest":
         return took * found.steps[step].blocks * frames / tried_frames * pixels
     options = movie.movie.settings
@@ -82,12 +83,26 @@ def _seconds(step: str, movie: MoviePlan, found: Measured) -> float:
     if step == "drift":
         return took * frames / tried_frames
     if step == "adapt":
-        sample, tried_sample = (min(options.denoise.sample_frames, p.shape[0]) for p in (movie, tried))
+        looked, tried_looked = (min(CHECK_FRAMES, p.shape[0]) for p in (movie, tried))
         rest = max(0.0, took - tried.movie.settings.denoise.steps * found.training)
-        return rest * sample / tried_sample + options.denoise.steps * found.training
+        return rest * looked / tried_looked + options.denoise.steps * found.training
     if step == "collect":
         return took + len(TABLES) * max(0, blocks - found.steps["process"].blocks) * found.part
     return took * pixels
+
+
+def _pairs_alike(movie: MoviePlan, found: Measured) -> float:
+    """Pairs per frame of a movie over those of the blocks that showed the pace: the last frames have few partners."""
+    options, tried = movie.movie.settings.drift, found.plan.shape[0]
+    if not options.correct:
+        return 1.0
+    first = found.workers * found.plan.size
+    first = first if first < tried else 0
+
+    def pairs(frames: int, begin: int = 0) -> float:
+        return sum(max(0, frames - begin - lag) for lag in options.lags) / (frames - begin)
+
+    return max(1.0, pairs(movie.shape[0]) / pairs(tried, first)) if pairs(tried, first) else 1.0
 
 
 def _room(movie: MoviePlan, found: Measured) -> tuple[float, int]:
