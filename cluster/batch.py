@@ -172,7 +172,7 @@ def request(profile: Profile, *, workers: int, seconds: float, memory: float, dr
     worker_memory, driver_memory = gigabytes
     given = str(_wanted(profile, "walltime", batch.walltime)) if profile.is_batch else ""
     needed = _walltime(MARGIN * seconds / LIFETIME)
-    lines = [f"workers: {workers}", f"memory: {worker_memory:g}            # GB of each; {memory / 1e9:.2f} measured"]
+    lines = [f"workers: {workers}", f"memory: {worker_memory:g}            # GB of each; {memory / 1e9:.2f} expected"]
     if not profile.is_batch:
         return [*lines, f"# of a batch job that holds all of it: {needed}"]
     own = {} if batch.one_allocation else {"workers": (given, LIFETIME * seconds_of(given))}

@@ -188,7 +188,7 @@ def plan(
     cluster: ClusterOption = None,
     pilot: Annotated[bool, typer.Option("--pilot", help="compute a few blocks there and forecast from them")] = False,
 ) -> None:
-    """Show blocks, windows, memory, time, bytes and files, and why each block will run; computes nothing."""
+    """Show blocks, windows, memory, time, bytes and files, and why each block runs; computes nothing but a pilot."""
     from cluster.local import size
     from pipeline.cli_cluster import run_pilot
     from pipeline.preflight import print_plan

@@ -102,6 +102,8 @@ def measure(
     """Run the story on the first frames of a movie, below ``folder``, and look at what it took."""
     workers = len(client.nthreads()) if client is not None else 1
     tried = _few(wanted, folder, frames=WAVES * workers * wanted.size)
+    if client is not None:
+        client.run(peaks, device)  # what a worker imports, once in its life, is no part of any step
     watch, begin = Watch(progress), time.monotonic()
     outcome = run_movie(Engine(folder, client, device, stop, watch), tried.movie)
     if outcome.status != "complete":

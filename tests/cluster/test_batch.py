@@ -102,7 +102,7 @@ def test_a_request_names_memory_walltime_and_allocations():
     profile = made("slurm", walltime="04:00:00", driver_walltime="24:00:00")
     facts = {"workers": 16, "memory": 2e9, "driver": 1e9}
     short = batch.request(profile, seconds=3600, **facts)
-    assert short[:2] == ["workers: 16", "memory: 3            # GB of each; 2.00 measured"]
+    assert short[:2] == ["workers: 16", "memory: 3            # GB of each; 2.00 expected"]
     assert short[2].startswith('batch.walltime: "01:30:00"')  # an hour and a quarter, of which 0.9 are worked
     assert short[3].startswith("batch.driver_memory: 1.5 ")
     assert short[4:] == ["# workers: one allocation of 04:00:00", "# driver: one allocation of 24:00:00"]
