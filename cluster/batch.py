@@ -6,6 +6,7 @@ dask-jobqueue writes the scripts, because it knows the dialects.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import subprocess
@@ -29,6 +30,8 @@ COMMAND_SECONDS = 60.0
 # Workers leave on their own terms before the batch system ends them, and not all at once: results that one holds are
 # fetched within seconds, but a whole pool that ends at one moment leaves nobody to work on.
 LIFETIME, STAGGER, LEAST_LIFETIME = 0.9, 0.1, 600.0
+# What is asked for over what was seen, and what Dask's process beside a worker takes [GB].
+MARGIN, NANNY_MEMORY = 1.25, 0.25
 _ENDED = {
     "COMPLETED", "COMPLETING", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
     "OUT_OF_MEMORY",
@@ -160,6 +163,38 @@ def _room(profile: Profile) -> list[str]:
         f"--mem-per-cpu={memory * 1000 / cores:.0f}M",
     ]
     return room + ([f"--gpus-per-task={profile.batch.gpus}"] if profile.batch.gpus else [])
+
+
+def request(profile: Profile, *, workers: int, seconds: float, memory: float, driver: float) -> list[str]:
+    """Lines that say what to ask for, as in a profile, for a job of so many seconds once its workers run.
+
+    memory, driver: peaks of a worker and of the driver that were measured [bytes].
+    """
+    batch = profile.batch
+    gigabytes = (math.ceil(2 * (MARGIN * peak / 1e9 + NANNY_MEMORY)) / 2 for peak in (memory, driver))
+    worker_memory, driver_memory = gigabytes
+    given = str(_wanted(profile, "walltime", batch.walltime)) if profile.is_batch else ""
+    needed = _walltime(MARGIN * seconds / LIFETIME)
+    lines = [f"workers: {workers}", f"memory: {worker_memory:g}            # GB of each; {memory / 1e9:.2f} expected"]
+    if not profile.is_batch:
+        return [*lines, f"# of a batch job that holds all of it: {needed}"]
+    own = {} if batch.one_allocation else {"workers": (given, LIFETIME * seconds_of(given))}
+    span = seconds_of(batch.driver_walltime) - batch.warning
+    own["driver, workers and all" if batch.one_allocation else "driver"] = (batch.driver_walltime, max(60.0, span))
+    if seconds_of(needed) < seconds_of(given) and not batch.one_allocation:
+        lines.append(f'batch.walltime: "{needed}"   # shorter ones wait less; the profile says {given}')
+    lines.append(f"batch.driver_memory: {driver_memory:g}   # GB; {driver / 1e9:.2f} measured")
+    for who, (walltime, useful) in own.items():
+        count = math.ceil(seconds / useful)
+        number = {1: "one allocation", 2: "two allocations"}.get(count, f"{count} allocations")
+        lines.append(f"# {who}: {number} of {walltime}")
+    return lines
+
+
+def _walltime(seconds: float) -> str:
+    """Seconds as [d-]hh:mm:ss, rounded up to ten minutes."""
+    days, minutes = divmod(10 * math.ceil(seconds / 600), 1440)
+    return f"{f'{days}-' if days else ''}{minutes // 60:02d}:{minutes % 60:02d}:00"
 
 
 def step_command(profile: Profile, scheduler: str) -> list[str]:

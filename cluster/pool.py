@@ -238,6 +238,14 @@ def read_state(path: Path) -> dict[str, Any]:
         return {}
 
 
+def is_queued(folder: Path) -> bool:
+    """Whether the batch system still has the driver's job: it runs, waits, or waits to come back."""
+    if not (driver := read_state(folder / DRIVER_FILE)):
+        return False
+    states = states_of(Profile(kind=driver["kind"]), [driver["job"]])
+    return states is not None and alive(states.get(driver["job"]))
+
+
 def describe(folder: Path) -> list[str]:
     """Lines on the driver and the workers, from the files beside the runs and, if it can be asked, the batch system."""
     lines = []

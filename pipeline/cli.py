@@ -182,15 +182,23 @@ def check(
 
 @app.command()
 def plan(
-    sources: SourcesArgument, output: OutputOption = None, overrides: SetOption = None, cluster: ClusterOption = None
+    sources: SourcesArgument,
+    output: OutputOption = None,
+    overrides: SetOption = None,
+    cluster: ClusterOption = None,
+    pilot: Annotated[bool, typer.Option("--pilot", help="compute a few blocks there and forecast from them")] = False,
 ) -> None:
-    """Show blocks, windows, memory, time, bytes and files, and why each block will run; computes nothing."""
+    """Show blocks, windows, memory, time, bytes and files, and why each block runs; computes nothing but a pilot."""
     from cluster.local import size
+    from pipeline.cli_cluster import run_pilot
     from pipeline.preflight import print_plan
     from schemas.profiles import load_profile
 
     job = _job(sources, output, overrides)
     profile = load_profile(cluster)
+    if pilot:
+        run_pilot(job, profile, console)
+        return
     workers, memory = size(profile) if profile.kind == "local" else (profile.workers or 1, profile.memory)
     print_plan(job, out, workers=workers, memory=memory)
 
@@ -228,12 +236,21 @@ def ingest(
 
 
 @app.command()
-def status(folder: Annotated[Path, typer.Argument(help="folder of the runs")]) -> None:
+def status(
+    folder: Annotated[Path, typer.Argument(help="folder of the runs")],
+    monitor: Annotated[bool, typer.Option("--monitor", help="again and again, until all is done or stopped")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="seconds between two looks of --monitor")] = 5.0,
+) -> None:
     """How far a job is, from the files alone."""
-    from cluster.pool import describe
+    from cluster.pool import describe, is_queued
     from pipeline.results import status as state
+    from pipeline.results.monitor import watch
 
-    for line in describe((folder.parent if folder.suffix == ".zarr" else folder) / "cluster"):
+    site = (folder.parent if folder.suffix == ".zarr" else folder) / "cluster"
+    if monitor:
+        watch(folder, out, interval=interval, ask=lambda: (describe(site), is_queued(site)))
+        return
+    for line in describe(site):
         out.print(line, markup=False)
     out.print(state.as_text(state.status(folder)), markup=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from schemas.errors import ResourceError, SettingsError
 from schemas.profiles import Profile
+from schemas.settings import Job
 
 cluster_app = typer.Typer(name="cluster", help="Batch systems.", no_args_is_help=True)
 out = Console(soft_wrap=True, highlight=False)
@@ -95,6 +97,43 @@ def show(name: Annotated[str, typer.Argument(help="slurm, pbs, lsf, sge, htcondo
         out.print(
             "# --- driver", batch.driver_script(profile, words, folder=Path.cwd(), logs=logs), sep="\n", markup=False
         )
+
+
+def run_pilot(job: Job, profile: Profile, console: Console) -> None:
+    """Compute a few blocks where the profile says, and print what the whole job will take there."""
+    from cluster import Interrupted, batch, connect
+    from pipeline.cli_run import Signals
+    from pipeline.forecast import clock, forecast, left_of, print_forecast
+    from pipeline.graph import Stopped
+    from pipeline.job import movies_of
+    from pipeline.pilot import beside, measure
+    from pipeline.preflight import plan_of
+    from pipeline.progress import display
+    from pipeline.results.status import duration
+
+    left = left_of([plan_of(job, movie) for movie in movies_of(job)[0]])
+    if not left:
+        out.print("nothing is left to do")
+        return
+    # One worker tells what a block costs; a whole pool would wait in the queue for it.
+    few = profile.model_copy(update={"workers": 1}) if profile.is_batch else profile
+    with beside(job.output) as folder, Signals() as signals:
+        try:
+            # The logs of worker jobs outlive the folder: they say why none came.
+            with connect(few, job.output / "cluster" / "pilot", signals.stop) as client, display(console) as progress:
+                found = measure(
+                    left[0], folder, client=client, device=profile.device, progress=progress, stop=signals.stop
+                )
+        except (Interrupted, Stopped):
+            console.print(f"stopped by signal {signals.number}; nothing of the pilot is kept", markup=False)
+            raise typer.Exit(128 + signals.number) from None
+    workers = (profile.workers or 1) if profile.is_batch else found.workers
+    ahead = forecast(left, found, workers)
+    print_forecast(out, found, left, ahead, workers)
+    lines = batch.request(profile, workers=workers, seconds=ahead.seconds, memory=ahead.memory, driver=found.driver)
+    out.print("request:", *lines, sep="\n  ", markup=False)
+    done = clock(ahead.seconds, datetime.now())
+    out.print(f"done at about {done}: {duration(ahead.seconds)} once {workers} worker(s) run", markup=False)
 
 
 def check_cluster(profile: Profile, output: Path) -> list[str]:

@@ -12,6 +12,7 @@ from distributed import Client
 from pipeline.ingest.describe import SourceOverrides
 from pipeline.ingest.sources import MovieFiles, discover
 from pipeline.ledger import Lease
+from pipeline.pulse import Pulse
 from schemas.errors import SettingsError, SourceError
 from schemas.jobfile import settings_for
 from schemas.settings import Job, Settings
@@ -75,6 +76,7 @@ class Engine:
     stop: threading.Event = field(default_factory=threading.Event)
     progress: Progress = field(default_factory=Silent)
     lease: Lease | None = None
+    pulse: Pulse = field(default_factory=Pulse)
 
     def resources(self, step: str = "process") -> dict[str, float]:
         """What a task of a step needs of its worker: a GPU, if the run has some and the step computes on it."""

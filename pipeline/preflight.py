@@ -6,6 +6,8 @@ import importlib.metadata
 import shutil
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,7 @@ def print_plan(job: Job, out: Console, *, workers: int, memory: float | None) ->
     rates: dict[str, float] = {}
     bytes_needed, worst = 0.0, 0.0
     for movie in movies:
-        needed, peak = _print_movie(job, movie, out, workers, rates)
+        needed, peak = _print_movie(plan_of(job, movie), out, workers, rates)
         bytes_needed += needed
         worst = max(worst, peak)
     nearest = next(folder for folder in (job.output, *job.output.parents) if folder.exists())
@@ -104,34 +106,83 @@ def print_plan(job: Job, out: Console, *, workers: int, memory: float | None) ->
         plan.require_memory(worst, memory * 1e9)
 
 
-def _print_movie(
-    job: Job, movie: PlannedMovie, out: Console, workers: int, rates: dict[str, float]
-) -> tuple[float, float]:
+@dataclass(frozen=True)
+class MoviePlan:
+    """What is to be done for a movie of ``shape`` (time, y, x): its blocks of ``size`` frames, why, and the costs."""
+
+    movie: PlannedMovie
+    shape: tuple[int, int, int]
+    itemsize: int
+    planes: int
+    size: int
+    halo: int
+    ingest: str
+    lines: tuple[plan.StepPlan, ...]
+    collected: bool
+
+    @property
+    def shard_frames(self) -> int:
+        """Frames of a shard of the stack."""
+        megabytes = self.movie.settings.stacks.shard_megabytes
+        return stack_layout(self.shape, f"u{self.itemsize}", shard_megabytes=megabytes).shard_frames
+
+    @property
+    def shards(self) -> int:
+        """Shards of the stack."""
+        return -(-self.shape[0] // self.shard_frames)
+
+    @property
+    def costs(self) -> plan.Costs:
+        """Disk and memory, from shapes alone."""
+        return plan.predict_costs(
+            self.movie.settings, self.shape, self.itemsize, size=self.size, halo=self.halo,
+            shard_frames=self.shard_frames, planes=self.planes,
+        )  # fmt: skip
+
+    def todo(self, step: str) -> int:
+        """Blocks of a step that must run: of ingest its shards, of collect one."""
+        if step == "ingest":
+            return 0 if self.ingest == "done" else self.shards
+        if step == "collect":
+            return int(not self.collected or any(line.todo for line in self.lines))
+        return next(line.todo for line in self.lines if line.step == step)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do; a stack that was not kept is not missed then."""
+        return not self.todo("collect")
+
+
+def plan_of(job: Job, movie: PlannedMovie) -> MoviePlan:
+    """The plan of one movie, from its files and what an earlier run left; reads no pixels."""
     settings = movie.settings
     shape, itemsize, content, facts, why = _stack_facts(job, movie)
     planes = int(facts.get("planes", 1))
     size, halo = plan.block_frames(settings, shape), plan.denoiser_halo(settings)
-    layout = stack_layout(shape, f"u{itemsize}", shard_megabytes=settings.stacks.shard_megabytes)
-    costs = plan.predict_costs(
-        settings, shape, itemsize, size=size, halo=halo, shard_frames=layout.shard_frames, planes=planes
-    )
     ledger = Ledger(job.output / "ledger" / movie.name)
     deps = plan.dependencies(settings, content, facts)
     lines = plan.plan_movie(ledger, job.output / "parts" / movie.name, frames=shape[0], size=size, deps=deps)
-    seconds = predict_seconds(settings, shape, lines, workers, rates)
-    table = Table("step", "blocks", "to do", "why", title=f"{movie.name}: {shape[0]} frames of {shape[1]} x {shape[2]}")
-    table.add_row("ingest", str(-(-shape[0] // layout.shard_frames)), "0" if why == "done" else "all", why)
-    for line in lines:
+    collected = ledger.is_done("collect", 0, shape[0], plan.fingerprints(deps)["collect"])
+    return MoviePlan(movie, shape, itemsize, planes, size, halo, why, tuple(lines), collected)
+
+
+def _print_movie(found: MoviePlan, out: Console, workers: int, rates: dict[str, float]) -> tuple[float, float]:
+    settings, shape, costs = found.movie.settings, found.shape, found.costs
+    seconds = predict_seconds(settings, shape, found.lines, workers, rates)
+    title = f"{found.movie.name}: {shape[0]} frames of {shape[1]} x {shape[2]}"
+    table = Table("step", "blocks", "to do", "why", title=title)
+    table.add_row("ingest", str(found.shards), "0" if found.ingest == "done" else "all", found.ingest)
+    for line in found.lines:
         table.add_row(line.step, str(line.blocks), str(line.todo), line.reason)
     out.print(table)
     window = settings.segment.window or "whole frame"
     out.print(
-        f"blocks of {size} frames (+{halo} on each side), windows of {window}, "
+        f"blocks of {found.size} frames (+{found.halo} on each side), windows of {window}, "
         f"predicted: {costs.task_memory / 1e9:.2f} GB per task, {seconds / 60:.1f} min on {workers} worker(s), "
         f"{(costs.stack_bytes + costs.result_bytes) / 1e9:.3f} GB, {costs.files} files",
         markup=False,
     )
-    to_write = costs.result_bytes + (0 if why == "done" else costs.stack_bytes)
+    to_write = costs.result_bytes + (0 if found.ingest == "done" else costs.stack_bytes)
     return to_write, costs.task_memory
 
 
@@ -156,7 +207,11 @@ def _stack_facts(job: Job, movie: PlannedMovie) -> tuple[tuple[int, int, int], i
 
 
 def predict_seconds(
-    settings: Settings, shape: tuple[int, int, int], lines: list[plan.StepPlan], workers: int, rates: dict[str, float]
+    settings: Settings,
+    shape: tuple[int, int, int],
+    lines: Sequence[plan.StepPlan],
+    workers: int,
+    rates: dict[str, float],
 ) -> float:
     """Time that the steps to do will take, from a trial of one small frame on this machine."""
     if "process" not in rates:

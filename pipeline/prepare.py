@@ -42,7 +42,7 @@ def prepare_denoiser(movie: Movie, target: Path, clock: Clock) -> dict[str, Any]
 
 
 def _repeatable(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key != "seconds"}
+    return {key: value for key, value in record.items() if key not in ("seconds", "step_seconds")}
 
 
 def _train(movie: Movie, clock: Clock) -> adapt.Adapted:

@@ -55,7 +55,7 @@ def run(
     movies, _ = movies_of(job)
     job.output.mkdir(parents=True, exist_ok=True)
     engine = Engine(job.output, client, device, stop or threading.Event(), progress or Silent())
-    with Lease(job.output / "ledger") as lease:
+    with Lease(job.output / "ledger") as lease, engine.pulse.beating(job.output / "ledger", client):
         engine.lease = lease
         sweep(job.output / name for name in ("ledger", "parts", "stacks", *(f"{movie.name}.zarr" for movie in movies)))
         return list(_side_by_side(engine, movies, redo))
@@ -275,10 +275,10 @@ class Story:
         todo = [cut for cut in cuts if not self._is_finished(name, *cut)]
         self.engine.progress.begin(self.movie.name, name, frames)
         self.engine.progress.advance(self.movie.name, name, frames - sum(stop - start for start, stop in todo))
-        tasks = (dataclasses.replace(self.task, start=start, stop=stop) for start, stop in todo)
         current: Task | None = None
         try:
-            for current, result in self._stream(TASKS[name], tasks, name):
+            for current, result in self._stream(TASKS[name], self._sent(name, todo), name):
+                self.engine.pulse.finished(self.movie.name, name)
                 self._done(name, current.start, current.stop, result)
                 self.engine.progress.advance(self.movie.name, name, current.stop - current.start)
         except Stopped:
@@ -287,6 +287,14 @@ class Story:
             reason = f"{type(error).__name__}: {error}"
             self.ledger.add("failure", step=name, fingerprint=self.keys[name], reason=reason[:2000])
             raise
+        finally:
+            self.engine.pulse.dropped(self.movie.name, name)
+
+    def _sent(self, name: str, cuts: Sequence[tuple[int, int]]) -> Iterator[Task]:
+        """The tasks of blocks, each counted as it is taken."""
+        for start, stop in cuts:
+            self.engine.pulse.sent(self.movie.name, name)
+            yield dataclasses.replace(self.task, start=start, stop=stop)
 
     def _stream(self, function: Callable[[Any], Any], items: Any, label: str) -> Iterator[tuple[Any, Any]]:
         return graph.stream(

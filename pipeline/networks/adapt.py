@@ -107,6 +107,7 @@ def adapt(
         "steps": steps,
         "best_step": best.step,
         "seconds": time.perf_counter() - begin,
+        "step_seconds": best.pace,
         "sample_frames": len(sample.frames),
         "device": str(device),
     }
@@ -167,11 +168,12 @@ def _contexts(network: nn.Module, sample: Sample) -> Tensor:
 
 
 class _Best(NamedTuple):
-    """A network, its risk frame by frame, and after how many steps it was."""
+    """A network, its risk frame by frame, after how many steps it was, and what a step took [s]."""
 
     network: nn.Module
     risks: NDArray[np.float64]
     step: int
+    pace: float = 0.0
 
 
 def _train(
@@ -191,6 +193,7 @@ def _train(
     level = torch.tensor(batches.sample.level, dtype=torch.float32, device=device)
     least, common = DIMMEST * level[1], level[1] / scale_of(level) ** 2
     looks, best, since = set(np.linspace(0, steps, CHECKS + 1).round().astype(int)[1:].tolist()), None, 0
+    pace, done, begin = np.inf, 0, time.perf_counter()
     for step in range(1, steps + 1):
         rate = min(1.0, step / warm_up) * 0.5 * (1 + np.cos(np.pi * (step - 1) / steps))
         for group in optimiser.param_groups:
@@ -206,12 +209,23 @@ def _train(
         optimiser.step()
         blend(average, network, 1 / min(step, MEMORY))
         if step in looks:
+            # The quickest run of steps between two looks: the first one also warms up.
+            pace, done = min(pace, (_now(device) - begin) / (step - done)), step
             found = risk(average)
             if best is None or _mean(found) < _mean(best.risks):
                 best, since = _Best(copy.deepcopy(average), found, step), 0
             elif (since := since + 1) == PATIENCE:
                 break
-    return best or _Best(average, risk(average), steps)
+            begin = time.perf_counter()
+    best = best or _Best(average, risk(average), steps)
+    return best._replace(pace=float(pace) if np.isfinite(pace) else 0.0)
+
+
+def _now(device: torch.device) -> float:
+    """The clock [s], once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ class BlockRecord:
 class History:
     """All that the records of one movie say; blocks by (step, start, stop), each as it stands now.
 
-    ``stops``: the (step, reason) of each error that stopped the last attempt.
+    ``stops``: the (step, reason) of each error that stopped the last attempt; ``read``: names of the files read so far.
     """
 
     movie: str
@@ -50,6 +50,7 @@ class History:
     state: str | None = None
     reason: str = ""
     unreadable: int = 0
+    read: set[str] = field(default_factory=set)
 
     def steps(self) -> list[str]:
         """Steps that are planned or have records, in the order of the story."""
@@ -98,10 +99,16 @@ def _span(records: Sequence[BlockRecord]) -> float | None:
     return max(end for end, _ in ends) - min(end - spent for end, spent in ends) if ends else None
 
 
-def read_history(folder: Path, movie: str) -> History:
-    """The history of a movie from FOLDER/ledger/<movie>/*.jsonl; empty where there is none, damaged lines counted."""
-    history = History(movie)
+def read_history(folder: Path, movie: str, known: History | None = None) -> History:
+    """The history of a movie from FOLDER/ledger/<movie>/*.jsonl; empty where there is none, damaged lines counted.
+
+    Files never change, so a history that is ``known`` only takes up what is new.
+    """
+    history = known or History(movie)
     for file in sorted((folder / "ledger" / movie).glob("*.jsonl")):
+        if file.name in history.read:
+            continue
+        history.read.add(file.name)
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 _add(history, json.loads(line))

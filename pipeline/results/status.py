@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline import store
 from pipeline.ledger import is_alive
+from pipeline.pulse import read_pulse
 from pipeline.results.history import BlockRecord, History, frames_text, movies_of, read_history
 from schemas.errors import ColonnadeError, SettingsError
 
@@ -36,11 +37,17 @@ class StepStatus:
 
     step: str
     done: int
+    running: int
     failed: int
     quarantined: int
     total: int
     frames: int
     rate: float | None
+
+    @property
+    def counts(self) -> tuple[tuple[int, str], ...]:
+        """Blocks that are not done, by what they are instead."""
+        return (self.running, "running"), (self.failed, "failed"), (self.quarantined, "quarantined")
 
     @property
     def finished(self) -> bool:
@@ -65,14 +72,23 @@ class MovieStatus:
 
 @dataclass(frozen=True)
 class FolderStatus:
-    """All movies of a folder of runs, by name."""
+    """All movies of a folder of runs, by name. ``workers``: that the driver has, if there is one and it says so."""
 
     folder: Path
     movies: tuple[MovieStatus, ...]
+    workers: int | None = None
+
+    @property
+    def driver(self) -> Driver | None:
+        """The process that works on the folder, or did."""
+        return self.movies[0].driver
 
 
-def status(path: str | Path) -> FolderStatus:
-    """How far the movies of a folder, or the movie of one run, are. Raises ``SettingsError`` where there is nothing."""
+def status(path: str | Path, histories: dict[str, History] | None = None) -> FolderStatus:
+    """How far the movies of a folder, or the movie of one run, are. Raises ``SettingsError`` where there is nothing.
+
+    ``histories``: those read before, by movie; they are brought up to date instead of read again.
+    """
     path = Path(path)
     if path.suffix == ".zarr":
         folder, names = path.parent, [path.stem]
@@ -85,13 +101,21 @@ def status(path: str | Path) -> FolderStatus:
         raise SettingsError(
             f"{path} holds no run and no ledger; expected FOLDER, or FOLDER/<movie>.zarr, of `colonnade run`"
         )
-    return FolderStatus(folder, tuple(_movie(folder, name) for name in names))
+    histories = {} if histories is None else histories
+    driver = _driver(folder / "ledger" / "lease.json")
+    pulse = read_pulse(folder / "ledger") if driver and driver.alive else None
+    workers, running = pulse or (None, {})
+    for name in names:
+        histories[name] = read_history(folder, name, histories.get(name))
+    return FolderStatus(folder, tuple(_movie(folder, histories[name], driver, running) for name in names), workers)
 
 
-def _movie(folder: Path, name: str) -> MovieStatus:
-    history, driver = read_history(folder, name), _driver(folder / "ledger" / "lease.json")
+def _movie(
+    folder: Path, history: History, driver: Driver | None, running: Mapping[tuple[str, str], int]
+) -> MovieStatus:
+    name = history.movie
     since = driver.started if driver and driver.alive else 0.0
-    steps = tuple(_step(history, step, since) for step in history.steps())
+    steps = tuple(_step(history, step, since, running.get((name, step), 0)) for step in history.steps())
     state = _state(folder / f"{name}.zarr", history, driver)
     return MovieStatus(
         name=name,
@@ -116,13 +140,13 @@ def _driver(path: Path) -> Driver | None:
         return None
 
 
-def _step(history: History, step: str, since: float) -> StepStatus:
+def _step(history: History, step: str, since: float, running: int) -> StepStatus:
     records = history.current(step)
     count = Counter(record.status for record in records)
     frames = sum(record.frames for record in records if record.status == "done")
     total = history.planned.get(step, len(records))
     rate = history.rate(step, since=since)
-    return StepStatus(step, count["done"], count["failed"], count["quarantined"], total, frames, rate)
+    return StepStatus(step, count["done"], running, count["failed"], count["quarantined"], total, frames, rate)
 
 
 def _state(run: Path, history: History, driver: Driver | None) -> str:
@@ -156,19 +180,25 @@ def _remaining(steps: tuple[StepStatus, ...]) -> float | None:
 
 def as_text(found: FolderStatus) -> str:
     """The driver, then a few plain lines per movie."""
-    count = Counter(movie.state for movie in found.movies)
-    states = ", ".join(f"{number} {state}" for state, number in sorted(count.items()))
-    lines = [f"{found.folder}: {len(found.movies)} movie{'' if len(found.movies) == 1 else 's'}, {states}"]
-    if (driver := found.movies[0].driver) is not None:
-        life = "alive" if driver.alive else "gone"
-        lines.append(
-            f"driver {life}: process {driver.pid} on {driver.host}, last heartbeat {duration(driver.silence)} ago"
-        )
-    if count["stopped"]:
+    lines = head(found)
+    if any(movie.state == "stopped" for movie in found.movies):
         lines.append("stopped movies continue where they stopped when the same command is given again")
     for movie in found.movies:
         lines += ["", *_movie_text(movie)]
     return "\n".join(lines)
+
+
+def head(found: FolderStatus) -> list[str]:
+    """How many movies are in which state, and how the driver is."""
+    count = Counter(movie.state for movie in found.movies)
+    states = ", ".join(f"{number} {state}" for state, number in sorted(count.items()))
+    lines = [f"{found.folder}: {len(found.movies)} movie{'' if len(found.movies) == 1 else 's'}, {states}"]
+    if (driver := found.driver) is not None:
+        life = "alive" if driver.alive else "gone"
+        workers = "" if found.workers is None else f", {found.workers} worker{'' if found.workers == 1 else 's'}"
+        place = f"process {driver.pid} on {driver.host}"
+        lines.append(f"driver {life}: {place}, last heartbeat {duration(driver.silence)} ago{workers}")
+    return lines
 
 
 def _movie_text(movie: MovieStatus) -> list[str]:
@@ -177,9 +207,7 @@ def _movie_text(movie: MovieStatus) -> list[str]:
     if movie.remaining is not None:
         end = datetime.now(UTC) + timedelta(seconds=movie.remaining)
         lines.append(f"  about {duration(movie.remaining)} left, until {end:%Y-%m-%d %H:%M} UTC")
-    lines += [f"  stopped in {step}: {reason}" for step, reason in movie.stops[-_ERRORS_SHOWN:]]
-    for record in movie.problems[-_ERRORS_SHOWN:]:
-        lines.append(f"  {record.status}: {record.step}, {frames_text(record.start, record.stop)}: {record.reason}")
+    lines += [f"  {line}" for line in errors(movie)]
     if hidden := len(movie.problems) - _ERRORS_SHOWN if len(movie.problems) > _ERRORS_SHOWN else 0:
         lines.append(f"  and {hidden} more; `colonnade report` lists them all")
     if movie.unreadable:
@@ -187,9 +215,17 @@ def _movie_text(movie: MovieStatus) -> list[str]:
     return lines
 
 
+def errors(movie: MovieStatus) -> list[str]:
+    """What stopped the last attempt, and the newest blocks that failed or were quarantined."""
+    lines = [f"stopped in {step}: {reason}" for step, reason in movie.stops[-_ERRORS_SHOWN:]]
+    for record in movie.problems[-_ERRORS_SHOWN:]:
+        lines.append(f"{record.status}: {record.step}, {frames_text(record.start, record.stop)}: {record.reason}")
+    return lines
+
+
 def _step_text(step: StepStatus) -> str:
     parts = [f"{step.step:<10}{step.done}/{step.total} block{'' if step.total == 1 else 's'}"]
-    parts += [f"{n} {what}" for n, what in ((step.failed, "failed"), (step.quarantined, "quarantined")) if n]
+    parts += [f"{n} {what}" for n, what in step.counts if n]
     if step.rate is not None and step.total > 1:
         parts.append(f"{step.rate:.3g} frames/s")
     return ", ".join(parts)

@@ -138,3 +138,28 @@ def test_cancel_without_a_submitted_job_says_so(tmp_path):
     done = tools.colonnade("cancel", tmp_path)
     assert done.returncode == 2
     assert "holds no submitted job" in done.stderr
+
+
+def test_a_request_names_memory_walltime_and_allocations():
+    profile = made("slurm", walltime="04:00:00", driver_walltime="24:00:00")
+    facts = {"workers": 16, "memory": 2e9, "driver": 1e9}
+    short = batch.request(profile, seconds=3600, **facts)
+    assert short[:2] == ["workers: 16", "memory: 3            # GB of each; 2.00 expected"]
+    assert short[2].startswith('batch.walltime: "01:30:00"')  # an hour and a quarter, of which 0.9 are worked
+    assert short[3].startswith("batch.driver_memory: 1.5 ")
+    assert short[4:] == ["# workers: one allocation of 04:00:00", "# driver: one allocation of 24:00:00"]
+    long = batch.request(profile, seconds=7 * 3600, **facts)
+    assert not any("batch.walltime" in line for line in long)
+    assert "# workers: two allocations of 04:00:00" in long
+    assert "# driver: 5 allocations of 24:00:00" in batch.request(profile, seconds=4 * 86400, **facts)
+
+
+def test_a_request_of_one_allocation_counts_the_whole():
+    profile = made("slurm", one_allocation=True, driver_walltime="04:00:00", warning=600)
+    lines = batch.request(profile, workers=4, seconds=4 * 3600, memory=1e9, driver=1e9)
+    assert lines[-1] == "# driver, workers and all: two allocations of 04:00:00"
+
+
+def test_a_request_without_a_batch_system_says_how_long_one_would_last():
+    lines = batch.request(Profile(kind="local"), workers=2, seconds=40 * 3600, memory=1e9, driver=1e9)
+    assert lines[-1] == "# of a batch job that holds all of it: 2-07:40:00"

@@ -275,3 +275,29 @@ def test_an_absent_batch_system_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ResourceError, match="sbatch is not on this machine"):
         batch.submit(Profile(kind="slurm"), "#!/bin/sh\n", tmp_path)
+
+
+def test_a_pilot_on_a_worker_job_leaves_its_logs_alone(job, tmp_path):
+    output = tmp_path / "out"
+    path = job(output)
+    before = {file for file in tmp_path.rglob("*") if file.is_file()}
+    where = profile(tmp_path)
+    done = tools.colonnade("plan", path, "--pilot", "--cluster", where)
+    assert done.returncode == 0, done.stderr
+    assert "pilot: 6 frames of movie0 on 1 worker(s)" in done.stdout
+    assert "takes on 2" in done.stdout and "# workers: one allocation of 00:08:00" in done.stdout
+    assert "2 worker(s) run" in done.stdout.splitlines()[-1]
+    left = {file for file in tmp_path.rglob("*") if file.is_file()} - before - {where}
+    assert all((output / "cluster" / "pilot") in file.parents for file in left), left
+    until(ended, "end of the worker job")
+
+
+def test_a_monitor_follows_a_job_from_the_queue_to_its_end(job, tmp_path):
+    output = tmp_path / "out"
+    submitted = tools.colonnade("submit", job(output), "--cluster", profile(tmp_path))
+    assert submitted.returncode == 0, submitted.stderr
+    seen = tools.colonnade("status", output, "--monitor", "--interval", 1)
+    assert seen.returncode == 0, seen.stderr
+    assert "movie0: running" in seen.stdout and " running, " in seen.stdout
+    assert f"{MOVIES} movies, {MOVIES} complete" in seen.stdout.rsplit("driver", 1)[-1]
+    until(ended, "end of the job")

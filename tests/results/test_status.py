@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.ledger import Lease, Ledger
-from pipeline.results.history import frames_text, read_history, runs_of
+from pipeline.pulse import Pulse, read_pulse
+from pipeline.results.history import History, frames_text, read_history, runs_of
 from pipeline.results.status import as_text, duration, status
 from schemas.errors import SettingsError
 
@@ -45,6 +46,10 @@ def lease(folder: Path, **changes: Any) -> None:
     (folder / "ledger").mkdir(parents=True, exist_ok=True)
     given = {**own, "token": "t", "heartbeat": time.time() - 4, **changes}
     (folder / "ledger" / "lease.json").write_text(json.dumps(given))
+
+
+def pulse(folder: Path, workers: int, sent: list[list[Any]]) -> None:
+    (folder / "ledger" / "pulse.json").write_text(json.dumps({"time": 0.0, "workers": workers, "sent": sent}))
 
 
 def test_a_half_finished_run(tmp_path: Path, write_ledger: WriteLedger) -> None:
@@ -78,6 +83,49 @@ def test_a_living_driver_gives_an_end(tmp_path: Path, write_ledger: WriteLedger)
     assert "driver alive" in text
     assert "on another" in text
     assert "about 10 s left" in text
+
+
+def test_what_the_workers_have_is_said_while_the_driver_lives(tmp_path: Path, write_ledger: WriteLedger) -> None:
+    write_ledger(tmp_path, "gold", half_finished())
+    pulse(tmp_path, 2, [["gold", "process", 4], ["iron", "survey", 4]])
+    assert status(tmp_path).workers is None
+    assert status(tmp_path).movies[0].steps[-1].running == 0
+    lease(tmp_path)
+    found = status(tmp_path)
+    # Eight blocks were sent to two workers: two are computed, the others wait.
+    assert (found.workers, found.movies[0].steps[-1].running) == (2, 1)
+    assert "ago, 2 workers" in as_text(found)
+    assert "process   3/8 blocks, 1 running, 1 failed" in as_text(found)
+    (tmp_path / "ledger" / "pulse.json").write_text('{"workers": 2, "se')
+    assert status(tmp_path).workers is None
+
+
+def test_histories_are_brought_up_to_date(tmp_path: Path, write_ledger: WriteLedger) -> None:
+    file = write_ledger(tmp_path, "gold", half_finished())
+    histories: dict[str, History] = {}
+    assert status(tmp_path, histories).movies[0].steps[-1].done == 3
+    write_ledger(tmp_path, "gold", [block("process", 12, 16, 30)])
+    file.write_text("no longer read")
+    (movie,) = status(tmp_path, histories).movies
+    assert (movie.steps[-1].done, movie.unreadable) == (4, 0)
+
+
+def test_a_run_tells_what_it_is_at(tmp_path: Path) -> None:
+    """What ``pipeline.pulse`` writes is what is read here; it leaves nothing behind."""
+    found = Pulse()
+    for _ in range(3):
+        found.sent("gold", "process")
+    found.finished("gold", "process")
+    found.sent("gold", "survey")
+    found.dropped("gold", "survey")
+    with found.beating(tmp_path, None):
+        deadline = time.monotonic() + 30
+        while (seen := read_pulse(tmp_path)) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert seen == (1, {("gold", "process"): 1})
+    assert read_pulse(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_this_process_as_the_driver(tmp_path: Path, write_ledger: WriteLedger) -> None:
