@@ -37,7 +37,7 @@ VICTIMS = {"site": {"worker": 5, "nanny": 6, "scheduler": 3, "driver": 1}, "loca
 LONG_PAUSE, SHORT_PAUSE = 4.0, 0.3  # s
 POLL = 0.03  # s
 PATIENCE = 120.0  # s
-SHARE_READ = 0.2  # of the looks that are taken each POLL seconds
+SHARE_READ = 0.03  # of the looks that are taken each POLL seconds
 LOST = 4  # exit code of a driver whose scheduler was killed
 
 
@@ -156,8 +156,11 @@ class Round:
     def go(self, kills: Iterable[Kill]) -> None:
         """Start the driver again until it is done, with these kills on the way; then look at what it made."""
         pending = deque(kills)
-        while self.attend(pending) != 0:
-            pass
+        try:
+            while self.attend(pending) != 0:
+                pass
+        finally:
+            kill_all([driver.process for driver in self.drivers])
         self._compare()
 
     def attend(self, pending: deque[Kill]) -> int:
@@ -205,11 +208,13 @@ class Round:
         """Read what is new: each part as soon as it is there, and at random moments the stack and the tables."""
         for part in self.driver.parts():
             if self.seen.get(part.name) != (file := part.stat().st_ino):
-                self.report.note("parts written again", part.name in self.seen, part.name)
+                self.report.note("recomputed blocks", part.name in self.seen, f"{part.name} was written again")
                 self.seen[part.name] = file
                 self._read(lambda part=part: read_part(part) and [])
-        if self.dice.random() < SHARE_READ:
-            self._read(lambda: false_values(self.output / "lattice.zarr", self.known.tables))
+        run, rarely = self.output / "lattice.zarr", self.dice.random() < SHARE_READ
+        if rarely or (run / "frames").exists():  # tables are there for the last moments of a run only
+            self._read(lambda: false_values(run, self.known.tables))
+        if rarely:
             self._read(lambda: false_counts(self.output / "stacks" / "lattice.zarr", self.known.counts))
 
     def _read(self, read: Callable[[], list[str]]) -> None:

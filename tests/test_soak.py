@@ -23,6 +23,7 @@ def known(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a hang is noticed, and told, by the soak itself
 def test_twenty_kills_lose_nothing(known, tmp_path, capsys):
     report = soak.soak(known, tmp_path, kills=KILLS, seed=1)
     with capsys.disabled():
