@@ -11,7 +11,10 @@ from distributed import LocalCluster
 from schemas.errors import ResourceError
 from schemas.profiles import Profile
 
+log = logging.getLogger("colonnade")
+
 LEAST_MEMORY = 1.0  # GB that a worker needs to import torch and hold a small block
+ATTEMPTS = 3  # at starting workers, where Dask itself gives up as soon as one of them dies
 
 
 def size(profile: Profile) -> tuple[int, float]:
@@ -31,6 +34,19 @@ def size(profile: Profile) -> tuple[int, float]:
 def local_cluster(profile: Profile) -> LocalCluster:
     """One single-threaded process per core: convolutions of one thread are what makes results repeatable."""
     workers, memory = size(profile)
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return _start(profile, workers, memory)
+        except RuntimeError as error:  # Dask has closed what it had started
+            log.warning("worker processes ended as they started (%s), attempt %d of %d", error, attempt, ATTEMPTS)
+            failure = error
+    raise ResourceError(
+        f"worker processes ended as they started, {ATTEMPTS} times ({failure}); "
+        "is there memory for them, or does the machine end them? Ask for fewer workers in the profile"
+    ) from failure
+
+
+def _start(profile: Profile, workers: int, memory: float) -> LocalCluster:
     return LocalCluster(
         n_workers=workers,
         threads_per_worker=1,

@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,9 +19,10 @@ import torch
 from distributed import Client, Nanny
 
 from cluster import checks, connect
-from cluster.local import size
+from cluster.local import ATTEMPTS, size
 from schemas.errors import ResourceError
 from schemas.profiles import Profile
+from tests.kill_tools import kill_all, workers_of
 
 
 def test_serial_needs_no_scheduler() -> None:
@@ -38,6 +40,39 @@ def test_local_gives_checked_single_threaded_workers() -> None:
         assert {facts["code"] for facts in client.run(checks.describe_process).values()} == {checks.code_digest()}
         with pytest.raises(ResourceError, match=r"of 3 worker\(s\) came within 0\.1 s"):
             checks.check_workers(client, Profile(kind="local", workers=3, start_timeout=0.1))
+
+
+def kill_the_first(number: int) -> threading.Thread:
+    """Kill the first so many worker processes of this process, each as soon as it exists."""
+
+    def kill() -> None:
+        killed: set[int] = set()
+        while len(killed) < number:
+            for worker in workers_of(os.getpid()):
+                if worker.pid not in killed and len(killed) < number:
+                    kill_all([worker])
+                    killed.add(worker.pid)
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
+def test_a_worker_that_is_killed_as_it_starts_is_started_again() -> None:
+    killer = kill_the_first(1)
+    with connect(Profile(kind="local", workers=2, memory=1.25)) as client:
+        assert client is not None
+        assert len(client.nthreads()) == 2
+    killer.join()
+
+
+def test_workers_that_die_each_time_are_a_matter_of_the_site() -> None:
+    killer = kill_the_first(ATTEMPTS)
+    expected = f"{ATTEMPTS} times.*memory"
+    with pytest.raises(ResourceError, match=expected), connect(Profile(kind="local", workers=1, memory=1.25)):
+        pass
+    killer.join()
 
 
 def test_the_machine_decides_what_is_not_stated() -> None:
