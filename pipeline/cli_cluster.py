@@ -116,7 +116,7 @@ def run_pilot(job: Job, profile: Profile, console: Console) -> None:
         out.print("nothing is left to do")
         return
     # One worker tells what a block costs; a whole pool would wait in the queue for it.
-    few = profile.model_copy(update={"workers": 1}) if profile.is_batch else profile
+    few = profile.model_copy(update={"workers": 1, "cpu": None}) if profile.is_batch else profile
     with beside(job.output) as folder, Signals() as signals:
         try:
             # The logs of worker jobs outlive the folder: they say why none came.
@@ -141,7 +141,7 @@ def check_cluster(profile: Profile, output: Path) -> list[str]:
     from cluster import connect
     from cluster.checks import report_from
 
-    with connect(profile.model_copy(update={"workers": 1}), output / "cluster") as client:
+    with connect(profile.model_copy(update={"workers": 1, "cpu": None}), output / "cluster") as client:
         if client is None:
             return ["cluster: serial, in this process"]
         token = output / "cluster" / "reachable"
