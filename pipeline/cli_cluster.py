@@ -104,8 +104,8 @@ def run_pilot(job: Job, profile: Profile, console: Console) -> None:
     from cluster import Interrupted, batch, connect
     from pipeline.cli_run import Signals
     from pipeline.forecast import clock, forecast, left_of, print_forecast
-    from pipeline.graph import Stopped
     from pipeline.job import movies_of
+    from pipeline.patience import Stopped
     from pipeline.pilot import beside, measure
     from pipeline.preflight import plan_of
     from pipeline.progress import display
