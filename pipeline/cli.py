@@ -29,6 +29,7 @@ app = typer.Typer(
 console = Console(stderr=True, soft_wrap=True)
 out = Console(soft_wrap=True, highlight=False)
 
+AGAIN = "run the same command again to go on"
 DONE, BUG, USER, QUARANTINED, SITE = 0, 1, 2, 3, 4
 
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="a setting, section.key=value; may be repeated")]
@@ -54,12 +55,25 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             console.print(f"ResourceError: {error}; make room or choose another folder, then repeat", markup=False)
             sys.exit(SITE)
+        if _is_lost(error):
+            console.print(f"ResourceError: the scheduler does not answer ({error}); {AGAIN}", markup=False)
+            sys.exit(SITE)
         if type(error).__module__.startswith(("click", "typer")):
             message = error.format_message() if hasattr(error, "format_message") else str(error)
             console.print(message, markup=False)
             sys.exit(USER)
         _print_bug(error)
         sys.exit(BUG)
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether it was Dask's scheduler that did not answer, at whatever moment it was asked."""
+    from distributed.comm import CommClosedError
+
+    # Dask's own time-outs are bare OSErrors.
+    return isinstance(error, CommClosedError) or (
+        type(error) is OSError and error.errno is None and "://" in str(error)
+    )
 
 
 def _print_bug(error: Exception) -> None:

@@ -41,6 +41,7 @@ POLL = 0.3  # s between two looks at what became of tasks that do not answer, an
 ANSWERS, STARVED = "colonnade-answers", "worker-restart-memory"  # topics of messages: ours, and one of Dask's nannies
 # Workers that a block costs for want of memory before it is made smaller: the first may be a neighbour's fault.
 MEMORY_DEATHS = 2
+LOST = "the scheduler was lost; see its log for why, start it again, and run the same command again to go on"
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -147,6 +148,7 @@ class _Mail:
     def __init__(self, client: Client) -> None:
         self._boxes: dict[str, queue.SimpleQueue[tuple[str, str, bytes]]] = {}
         self.starved: set[str] = set()
+        self._comm = client.scheduler_comm
         client.subscribe_topic(ANSWERS, self._deliver)
         client.subscribe_topic(STARVED, lambda event: self.starved.add(event[1]["worker"]))
 
@@ -157,6 +159,11 @@ class _Mail:
     def forget(self, key: str) -> None:
         """Nobody waits for this task any more."""
         self._boxes.pop(key, None)
+
+    def require(self, client: Client) -> None:
+        """Raise ``ResourceError`` if the scheduler is another than at first: clients connect again without a word."""
+        if client.scheduler_comm is not self._comm:
+            raise ResourceError(LOST)
 
     def _deliver(self, event: tuple[float, dict[str, Any]]) -> None:
         message = event[1]
@@ -204,6 +211,7 @@ class _Stream(Generic[Item, Result]):
 
     def run(self, pending: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
         """All items, as they finish."""
+        self._mail.require(self._client)
         try:
             self._refill(pending)
             while self._sent:
@@ -294,12 +302,13 @@ class _Stream(Generic[Item, Result]):
         self._looked = time.monotonic()
         if self._stop.is_set():  # a worker may be busy for a minute; a user who stops the run does not wait for it
             raise Stopped
+        self._mail.require(self._client)
         self._idle.check()
         again = []
         for key, task in list(self._sent.items()):
             status = "lost" if task.future is None else task.future.status
             if status == "cancelled":
-                raise ResourceError("the scheduler was lost; run the same command again to go on")
+                raise ResourceError(LOST)
             # Its message comes before the state does, but may be waiting in the box just now: look twice.
             if status == "error" or (status == "finished" and task.silent):
                 again.append(self._sent.pop(key))

@@ -5,14 +5,19 @@ from __future__ import annotations
 import itertools
 import shutil
 import sys
+import threading
+import time
 from collections import Counter, deque
 
 import pytest
 
-from pipeline import store
+from cluster import connect
+from pipeline import graph, store
 from pipeline.collect import TABLES
+from schemas.errors import ResourceError
+from schemas.profiles import Profile
 from tests import soak
-from tests.kill_tools import false_counts, false_values, kill_all, stacks, start
+from tests.kill_tools import Site, false_counts, false_values, kill_all, stacks, start
 
 KILLS = 20
 
@@ -86,3 +91,20 @@ def test_a_run_that_does_not_move_is_a_hang(known, tmp_path):
     assert report.wrong == {"hangs": 1}
     assert "most recent call first" in "\n".join(report.remarks)
     kill_all(one.driver.gone())
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_was_restarted_between_two_steps_ends_the_run(tmp_path):
+    """A client connects to the new one without a word; tasks sent there would be answered to nobody."""
+    stop = threading.Event()
+    with Site(tmp_path) as site, connect(Profile(kind="address", address=site.address)) as client:
+        assert dict(graph.stream(client, abs, range(4), label="a", stop=stop)) == {n: n for n in range(4)}
+        before = client.scheduler_info()["id"]
+        kill_all(site.processes("scheduler"))
+        end = time.monotonic() + 60
+        while client.status != "running" or client.scheduler_info()["id"] == before:
+            assert time.monotonic() < end
+            site.tend()
+            time.sleep(0.1)
+        with pytest.raises(ResourceError, match="scheduler was lost"):
+            dict(graph.stream(client, abs, range(4), label="b", stop=stop))
