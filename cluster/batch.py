@@ -240,7 +240,7 @@ def states_of(profile: Profile, jobs: list[str]) -> dict[str, tuple[str, str]] |
         log.debug("squeue: %s", error)
         return None
     rows = [line.split("|", 2) for line in answer.splitlines() if line.count("|") >= 2]
-    return {job: (state, reason) for job, state, reason in rows if job in jobs}
+    return {job: (state, reason if reason != "None" else "") for job, state, reason in rows if job in jobs}
 
 
 def settings_for_workers() -> str:

@@ -229,19 +229,25 @@ def read_state(path: Path) -> dict[str, Any]:
 def describe(folder: Path) -> list[str]:
     """Lines on the driver and the workers, from the files beside the runs and, if it can be asked, the batch system."""
     lines = []
-    if driver := read_state(folder / DRIVER_FILE):
-        profile = Profile(kind=driver["kind"])
-        states = states_of(profile, [driver["job"]])
+    driver, pool = read_state(folder / DRIVER_FILE), read_state(folder / WORKERS_FILE)
+    workers = pool.get("workers", [])
+    kind = (driver or pool).get("kind")
+    jobs = [job["job"] for job in (driver, *workers) if job]
+    states = states_of(Profile(kind=kind), jobs) if kind else None
+    if driver:
         state = (
             "not asked" if states is None else " ".join(filter(None, states.get(driver["job"], ("no longer queued",))))
         )
         lines.append(f"driver job {driver['job']} of {driver['kind']}: {state}")
-    if pool := read_state(folder / WORKERS_FILE):
-        count = Counter(worker["state"].lower() for worker in pool["workers"])
+    if states is not None:  # a driver that was killed cannot have noted what became of its workers
+        asked = [states.get(worker["job"], ("gone", "")) for worker in workers]
+        workers = [{"state": state, "reason": reason} for state, reason in asked]
+    if pool:
+        count = Counter(worker["state"].lower() for worker in workers)
         said = ", ".join(f"{number} {state}" for state, number in sorted(count.items())) or "none"
         age = time.time() - pool["updated"]
         lines.append(f"workers: {said} of {pool['wanted']} wanted, {pool['ended']} ended, as of {age:.0f} s ago")
-        reasons = {worker["reason"] for worker in pool["workers"] if worker["state"] == "PENDING"} - {"", "None"}
+        reasons = {worker["reason"] for worker in workers if worker["state"] == "PENDING"} - {""}
         lines += [f"waiting for: {', '.join(sorted(reasons))}"] if reasons else []
         lines += [f"refused: {pool['refused']}"] if pool["refused"] else []
     return lines

@@ -233,9 +233,15 @@ def status(folder: Annotated[Path, typer.Argument(help="folder of the runs")]) -
     from cluster.pool import describe
     from pipeline.results import status as state
 
-    for line in describe((folder.parent if folder.suffix == ".zarr" else folder) / "cluster"):
+    lines = describe((folder.parent if folder.suffix == ".zarr" else folder) / "cluster")
+    for line in lines:
         out.print(line, markup=False)
-    out.print(state.as_text(state.status(folder)), markup=False)
+    try:
+        out.print(state.as_text(state.status(folder)), markup=False)
+    except SettingsError:
+        if not lines:
+            raise
+        out.print(f"{folder}: no movie has begun", markup=False)
 
 
 @app.command()
