@@ -263,7 +263,7 @@ def describe(folder: Path) -> list[str]:
     for pool in filter(None, pools):
         workers = [(worker["state"], worker["reason"]) for worker in pool["workers"]]
         if states is not None:  # a driver that was killed cannot have noted what became of its workers
-            workers = [states.get(worker["job"], ("ended", "")) for worker in pool["workers"]]
+            workers = [states.get(worker["job"], ("gone", "")) for worker in pool["workers"]]
         count = Counter(state.lower() for state, _ in workers)
         said = ", ".join(f"{number} {state}" for state, number in sorted(count.items())) or "none"
         age = time.time() - pool["updated"]

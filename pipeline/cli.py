@@ -264,9 +264,14 @@ def status(
     if monitor:
         watch(folder, out, interval=interval, ask=lambda: (describe(site), is_queued(site)))
         return
-    for line in describe(site):
+    for line in (lines := describe(site)):
         out.print(line, markup=False)
-    out.print(state.as_text(state.status(folder)), markup=False)
+    try:
+        out.print(state.as_text(state.status(folder)), markup=False)
+    except SettingsError:
+        if not lines:
+            raise
+        out.print(f"{folder}: no movie has begun", markup=False)
 
 
 @app.command()

@@ -57,6 +57,8 @@ def run(
     engine = Engine(job.output, client, device, stop or threading.Event(), progress or Silent())
     with Lease(job.output / "ledger") as lease, engine.pulse.beating(job.output / "ledger", client):
         engine.lease = lease
+        for movie in movies:  # so that `colonnade status` knows of those that wait
+            (job.output / "ledger" / movie.name).mkdir(exist_ok=True)
         sweep(job.output / name for name in ("ledger", "parts", "stacks", *(f"{movie.name}.zarr" for movie in movies)))
         return list(_side_by_side(engine, movies, redo))
 

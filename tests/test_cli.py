@@ -18,6 +18,7 @@ import tifffile
 from pipeline import cli, store
 from pipeline.cli_run import without_redo
 from pipeline.ledger import Lease
+from schemas.errors import ResourceError
 from schemas.jobfile import load_job
 
 VERBS = ("init", "check", "plan", "ingest", "run", "status", "query", "report", "simulate", "train", "demo")
@@ -259,6 +260,22 @@ def test_a_run_ends_with_0_and_resumes_without_computing(
     monkeypatch.setattr("pipeline.story.graph.stream", lambda *a, **k: iter(()))
     assert colonnade(*words)[0] == 0
     assert {p: p.stat().st_mtime_ns for p in (output / "parts").rglob("*.npz")} == before
+
+
+def test_status_knows_of_movies_that_wait(
+    colonnade: Command, tiny_movie: Path, quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise ResourceError("the first movie already stops the run")
+
+    other = tiny_movie.with_name("other.tif")
+    other.write_bytes(tiny_movie.read_bytes())
+    monkeypatch.setattr("pipeline.story.run_movie", refuse)
+    output = tmp_path / "out"
+    assert colonnade("run", tiny_movie, other, "-o", output, "--cluster", "serial", *options(quick))[0] == 4
+    code, out, _ = colonnade("status", output)
+    assert code == 0
+    assert "2 movies, 2 waiting" in out
 
 
 def test_a_quarantined_file_makes_it_3(colonnade: Command, tiny_movie: Path, quick: list[str], tmp_path: Path) -> None:

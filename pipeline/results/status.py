@@ -159,7 +159,8 @@ def _state(run: Path, history: History, driver: Driver | None) -> str:
     if history.state is None and stored == "complete":
         return "complete"
     alive = driver is not None and driver.alive
-    begun = history.attempts or history.state or stored
+    ingested = (run.parent / "stacks" / run.name).exists()  # or about to be
+    begun = history.attempts or history.state or stored or ingested
     if not begun:
         return "waiting"
     return "running" if alive else "stopped"

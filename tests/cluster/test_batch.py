@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cluster import batch, pool
-from schemas.errors import SettingsError
+from cluster.pool import DRIVER_FILE, Step, write_state
+from schemas.errors import ResourceError, SettingsError
 from schemas.profiles import BATCH_KINDS, CpuPool, Profile, load_profile
 from tests import e2e_tools as tools
 
@@ -163,3 +164,16 @@ def test_a_request_of_one_allocation_counts_the_whole():
 def test_a_request_without_a_batch_system_says_how_long_one_would_last():
     lines = batch.request(Profile(kind="local"), workers=2, seconds=40 * 3600, memory=1e9, driver=1e9)
     assert lines[-1] == "# of a batch job that holds all of it: 2-07:40:00"
+
+
+def test_a_job_that_waits_in_its_queue_has_a_status(tmp_path):
+    write_state(tmp_path / "cluster" / DRIVER_FILE, {"kind": "pbs", "job": "7", "command": "", "submitted": 0.0})
+    done = tools.colonnade("status", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "driver job 7 of pbs: not asked" in done.stdout and "no movie has begun" in done.stdout
+
+
+def test_one_allocation_needs_a_job_around_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(ResourceError, match="inside a Slurm job, and this is none; use `colonnade submit`"):
+        Step(made("slurm", one_allocation=True), "tcp://127.0.0.1:1", tmp_path, "").start()

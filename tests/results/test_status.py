@@ -67,6 +67,17 @@ def test_a_half_finished_run(tmp_path: Path, write_ledger: WriteLedger) -> None:
     assert [record.reason for record in movie.problems] == ["RuntimeError: no luck"]
 
 
+def test_a_movie_that_is_read_in_does_not_wait_any_more(tmp_path: Path) -> None:
+    (tmp_path / "ledger" / "gold").mkdir(parents=True)
+    (tmp_path / "ledger" / "silver").mkdir()
+    (tmp_path / "stacks" / "gold.zarr").mkdir(parents=True)
+    lease(tmp_path)
+    assert [(movie.name, movie.state) for movie in status(tmp_path).movies] == [
+        ("gold", "running"),
+        ("silver", "waiting"),
+    ]
+
+
 def test_a_living_driver_gives_an_end(tmp_path: Path, write_ledger: WriteLedger) -> None:
     write_ledger(tmp_path, "gold", half_finished())
     lease(tmp_path, started=START.timestamp())
