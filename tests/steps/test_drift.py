@@ -314,6 +314,19 @@ def test_whole_pixels_round_halves_up() -> None:
     )
 
 
+def test_whole_paths_do_not_hang_on_the_first_frame() -> None:
+    rng = np.random.default_rng(0)
+    steps = np.cumsum(rng.integers(-1, 3, (40, 2)), axis=0)
+    for error in (0.0, 0.3, 0.49, 0.5, -0.77):
+        found = drift.whole_path(steps + error + rng.normal(0, 0.1, (40, 2)))
+        np.testing.assert_array_equal(found - found[0], steps - steps[0])
+    smooth = np.linspace(0, 7, 40)[:, None] * [1.0, -0.6]
+    off = drift.whole_path(smooth) - smooth
+    assert np.abs(off - off.mean(axis=0)).max() < 0.6
+    assert (drift.whole_path(np.zeros((5, 2))) == 0).all()
+    assert drift.whole_path(np.zeros((0, 2))).shape == (0, 2)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.floats(-6, 6), st.floats(-6, 6)), min_size=1, max_size=5))
 def test_the_common_field_is_what_every_frame_sees(steps: list[tuple[float, float]]) -> None:
