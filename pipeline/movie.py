@@ -135,7 +135,7 @@ class Movie:
         if self.drift_px is None or self.good is None:
             raise RuntimeError("the movie was opened before its drift was solved")
         runs = denoise.frame_runs(self.stack.time, max_gap=self.settings.denoise.max_gap)
-        path = drift.whole_pixels(self.drift_px[start:stop])
+        path = drift.whole_path(self.drift_px)[start:stop]
         return denoise.FrameLinks(path, self.good[start:stop], runs[start:stop])
 
 

@@ -32,8 +32,8 @@ STEPS: Mapping[str, tuple[int, str | None, tuple[str, ...]]] = {
     "calibrate": (1, None, ("detector", "source.defocus_plane", *(
         f"drift.{name}" for name in ("correct", "band", "taper", "change", "limit")))),
     "survey": (2, "calibrate", ("drift.lags", "drift.candidates", "drift.max_shift", "drift.defocus_shift")),
-    "drift": (1, "survey", ("drift.max_motion", "drift.cauchy")),
-    "adapt": (3, "drift", ("denoise",)),
+    "drift": (2, "survey", ("drift.max_motion", "drift.cauchy")),
+    "adapt": (4, "drift", ("denoise",)),
     "vote": (1, "adapt", ("segment.model", "segment.contrast", "source.mode", "lowpass")),
     "process": (5, "vote", (
         "segment", "columns", "particles", "fourier.band", "fourier.significance", "species", "images.save")),

@@ -79,5 +79,5 @@ def _sample(movie: Movie, clock: Clock) -> Sample:
             counts = movie.counts(int(index), int(index) + 1)
         frames[row] = movie.electrons(counts)[0, top : top + plan.height, left : left + plan.width]
     return training_sample(
-        frames, plan=plan, whole_px_drift=drift.whole_pixels(movie.drift_px), good=movie.good, level=movie.level
+        frames, plan=plan, whole_px_drift=drift.whole_path(movie.drift_px), good=movie.good, level=movie.level
     )

@@ -5,7 +5,8 @@ path by least squares over all pairs at once. (3) Improve the choice: each pair 
 path; then whole-path moves are tried, because a path wrong by one lattice vector is consistent with itself:
 everything after a frame moves by the difference of two candidates, or one frame alone does, and the move is kept if
 the pairs that span it like it better. (4) Solve again with Cauchy weights, and scale the variances of each lag until
-residuals agree with them.
+residuals agree with them. (5) Of all paths that go with the pairs, `smooth_path` takes the mean, weighed by how the
+specimen moves in the rest of the movie.
 
 Errors. A pair's error has a part that belongs to its two frames (their own noise displaces them against every other
 frame; it never shows in closures) and a part of its own, which does. The residuals measure the second, and what is
@@ -20,6 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve_banded, cholesky_banded
+
+from pipeline.steps.drift_smooth import Links, smooth_path
 
 Double = NDArray[np.float64]
 Integer = NDArray[np.int64]
@@ -36,8 +39,8 @@ class DriftPath(NamedTuple):
     """Drift of a movie.
 
     drift: (n, 2) y, x [px], how the specimen moved since the first good frame (there 0).
-    error: (n, 2) [px], standard errors of drift (0 at the first good frame); bad frames are interpolated, with larger
-    errors.
+    error: (n, 2) [px], standard errors of drift (0 at the first good frame); bad frames are interpolated, as uncertain
+    as the specimen's motion makes them.
     residual: (m, 2) [px], pair minus path for the candidate chosen, NaN where a pair was not usable.
     chosen: (m,) index of the candidate, −1 where a pair was not usable.
     weight: (m,) 0 … 1, how far the robust solution believed each pair.
@@ -81,12 +84,12 @@ def solve_path(
         return DriftPath(np.zeros((n_frames, 2)), error * (n_frames > 1), residual, chosen, weight)
     start = int(np.flatnonzero(good)[0])
     choice = np.argmax(data.score + _prior(data, np.zeros(2), max_motion), axis=1)
-    choice, path = _choose(n_frames, data, choice, good=good, max_motion=max_motion)
-    solution = _refine(n_frames, data, choice, good=good, start=start, cauchy=cauchy)
-    path = solution.path - solution.path[start]
-    chosen[usable], weight[usable] = choice, solution.weight
-    residual[usable] = _picked(data, choice) - (path[data.second] - path[data.first])
-    return DriftPath(path, solution.error, residual, chosen, weight)
+    choice = _choose(n_frames, data, choice, good=good, max_motion=max_motion)
+    links, believed = _measured(n_frames, data, choice, good=good, cauchy=cauchy)
+    path, error = smooth_path(links, start=start, max_motion=max_motion)
+    chosen[usable], weight[usable] = choice, believed
+    residual[usable] = links.shift - (path[data.second] - path[data.first])
+    return DriftPath(path, error, residual, chosen, weight)
 
 
 def _usable(pairs: Integer, shifts: dict[str, Double], good: Bool) -> tuple[Bool, _Pairs]:
@@ -125,7 +128,7 @@ def _picked(data: _Pairs, choice: Integer) -> Double:
     return data.shift[np.arange(len(choice)), choice]
 
 
-def _choose(n: int, data: _Pairs, choice: Integer, *, good: Bool, max_motion: float) -> tuple[Integer, Double]:
+def _choose(n: int, data: _Pairs, choice: Integer, *, good: Bool, max_motion: float) -> Integer:
     """Alternate between the path and the choice of candidates until neither changes."""
     # Short lags are the least ambiguous: they lead, longer ones only bridge what they leave open.
     lag = data.second - data.first
@@ -147,7 +150,7 @@ def _choose(n: int, data: _Pairs, choice: Integer, *, good: Bool, max_motion: fl
             weight = np.exp(-distance) + 1e-6
             moved = _solve(n, data, choice, weight, good=good)
         path = moved
-    return choice, path
+    return choice
 
 
 def _motion(n: int, data: _Pairs, choice: Integer, max_motion: float) -> tuple[Double, float]:
@@ -250,12 +253,6 @@ def _separate(gain: Double, distance: int) -> list[int]:
     return kept
 
 
-class _Solution(NamedTuple):
-    path: Double
-    error: Double
-    weight: Double
-
-
 def _normal_matrix(n: int, weight: Double, data: _Pairs, good: Bool) -> Double:
     """Banded normal matrix (lag + 1, n) of one axis, lower form; weak links hold the frames that no pair holds."""
     width = int((data.second - data.first).max())
@@ -291,8 +288,8 @@ def _solve(n: int, data: _Pairs, choice: Integer, weight: Double, *, good: Bool)
     return path
 
 
-def _refine(n: int, data: _Pairs, choice: Integer, *, good: Bool, start: int, cauchy: float) -> _Solution:
-    """Cauchy-weighted solution, variance of each pair's own part, and standard errors."""
+def _measured(n: int, data: _Pairs, choice: Integer, *, good: Bool, cauchy: float) -> tuple[Links, Double]:
+    """The shifts chosen with the variances that their residuals show, and how far each is believed (p,), 0 … 1."""
     lag = data.second - data.first
     typical = _medians(data.error**2, lag)
     excess = np.maximum(data.error**2 - typical, 0)
@@ -313,7 +310,9 @@ def _refine(n: int, data: _Pairs, choice: Integer, *, good: Bool, start: int, ca
         path = fresh
         if moved < 1e-4:
             break
-    return _Solution(path, _errors(n, data, own.error, weight, factor, good=good, start=start), weight)
+    variance = own.error**2 / weight[:, None]
+    frame = _frame_variance(n, data, factor)
+    return Links(data.first, data.second, _picked(data, choice), variance, frame), weight
 
 
 def _medians(values: Double, lag: Integer) -> Double:
@@ -325,38 +324,14 @@ def _medians(values: Double, lag: Integer) -> Double:
     return result
 
 
-def _errors(n: int, data: _Pairs, own: Double, weight: Double, factor: Double, *, good: Bool, start: int) -> Double:
-    """Standard errors (n, 2): what accumulates along the path, and each frame's noise against the first frame's."""
-    errors = np.zeros((n, 2))
+def _frame_variance(n: int, data: _Pairs, factor: Double) -> Double:
+    """Variance (n, 2) [px²] of what each frame's own noise displaces it by: what the closures of pairs do not show."""
     short = (data.second - data.first) == (data.second - data.first).min()
     share = float(np.clip(1 - factor[short][0], 0, 1)) / 2
-    for axis in (0, 1):
-        band = _normal_matrix(n, weight / own[:, axis] ** 2, data, good)
-        accumulated = _inverse_diagonal(cholesky_banded(band, lower=True))
-        # The quieter of the pairs a frame is in tells about the frame, the other about its partner.
-        frame = np.full(n, np.inf)
-        for side in (data.first[short], data.second[short]):
-            np.minimum.at(frame, side, share * data.error[short, axis] ** 2)
-        frame[~np.isfinite(frame)] = float(np.median(frame[np.isfinite(frame)]))
-        errors[:, axis] = np.sqrt(accumulated + frame + frame[start])
-    errors[start] = 0
-    return errors
-
-
-def _inverse_diagonal(factor: Double) -> Double:
-    """Diagonal (n,) of the inverse of a banded matrix from its lower Cholesky factor (width + 1, n).
-
-    Takahashi's recurrence: only entries of the inverse inside the band are needed to find the next
-    (Erisman & Tinney, Comm. ACM 18, 1975).
-    """
-    width, n = factor.shape[0] - 1, factor.shape[1]
-    diagonal = np.zeros(n)
-    near = np.zeros((width, width))
-    for j in range(n - 1, -1, -1):
-        lower = factor[1:, j]
-        row = -(near @ lower) / factor[0, j]
-        diagonal[j] = 1 / factor[0, j] ** 2 - (lower @ row) / factor[0, j]
-        near[1:, 1:] = near[:-1, :-1].copy()
-        near[0, 0] = diagonal[j]
-        near[0, 1:] = near[1:, 0] = row[:-1]
-    return diagonal
+    # The quieter of the pairs a frame is in tells about the frame, the other about its partner.
+    variance = np.full((n, 2), np.inf)
+    for side in (data.first[short], data.second[short]):
+        np.minimum.at(variance, side, share * data.error[short] ** 2)
+    known = np.isfinite(variance).all(axis=1)
+    variance[~known] = np.median(variance[known], axis=0)
+    return np.asarray(np.maximum(variance, _SMALLEST_ERROR**2))
