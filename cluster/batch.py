@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import dask.config
+from dask.utils import parse_bytes
 
 from schemas.errors import ResourceError, SettingsError
 from schemas.profiles import Profile
@@ -36,6 +37,9 @@ _ENDED = {
     "COMPLETED", "COMPLETING", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
     "OUT_OF_MEMORY",
 }  # fmt: skip
+NANNY_MEMORY = (
+    150e6  # bytes of a job that are not the worker's: were it given all, a kernel would kill before its nanny
+)
 DEATH_TIMEOUT = 60  # s after which a worker that finds no scheduler ends its job
 # A job that is submitted from within another must not inherit what that one was given.
 _INHERITED = re.compile(r"^(SLURM_(?!CONF$|CLUSTERS$)|SRUN_|PMI_|PBS_(?!CONF_FILE$|SERVER$|DEFAULT$)|LSB_|PE_)")
@@ -103,8 +107,14 @@ def worker_script(profile: Profile, *, scheduler: str = "tcp://DRIVER:PORT", log
     )  # fmt: skip
     # One thread computes, whatever the number of cores: results must not depend on it. Names must differ.
     script = re.sub(r"--nthreads \d+", "--nthreads 1", made.job_script())
+    script = re.sub(r"--memory-limit \S+", f"--memory-limit {_limit(parse_bytes(memory))}", script)
     number = JOB_NUMBER.get(profile.kind)
     return script.replace("--name colonnade-worker", f'--name "{number}"' if number else "")
+
+
+def _limit(memory: float) -> str:
+    """What a worker may use of the memory of its job [bytes], as Dask reads it."""
+    return f"{(memory - NANNY_MEMORY) / 1e9:.3f}GB"
 
 
 def _declared(profile: Profile) -> str:
@@ -204,7 +214,7 @@ def step_command(profile: Profile, scheduler: str) -> list[str]:
     words += [f"--cpus-per-task={_wanted(profile, 'cores', batch.cores)}"]
     words += [f"--gpus-per-task={batch.gpus}"] if batch.gpus else []
     words += [sys.executable, "-m", "distributed.cli.dask_worker", scheduler, "--nthreads", "1", "--nanny"]
-    words += ["--memory-limit", f"{profile.memory or 4.0:g}GB", "--death-timeout", str(DEATH_TIMEOUT)]
+    words += ["--memory-limit", _limit((profile.memory or 4.0) * 1e9), "--death-timeout", str(DEATH_TIMEOUT)]
     words += ["--resources", _declared(profile)]
     words += ["--local-directory", str(profile.local_directory)] if profile.local_directory else []
     return words + (["--interface", batch.interface] if batch.interface else [])

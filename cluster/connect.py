@@ -32,6 +32,9 @@ CLOSE_SECONDS = 15.0
 CONFIG = {
     # A task lost with its worker comes back to us, who send it again without limit and know why it was lost.
     "distributed.scheduler.allowed-failures": 0,
+    # A nanny starts a worker again that was killed; on a busy machine that takes longer than Dask waits before it gives
+    # up on the nanny itself, for good.
+    "distributed.deploy.lost-worker-timeout": "1h",
     # Blocks are sized to fit; spilling or pausing would hide that they do not, and stalls a night.
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
@@ -127,6 +130,8 @@ def connect(
 @contextmanager
 def _batch(profile: Profile, folder: Path, stop: threading.Event) -> Iterator[Client]:
     """A scheduler here, and workers that are jobs of a batch system."""
+    for name in WORKERS_FILES:  # of an earlier run, which may have had other pools
+        (folder / name).unlink(missing_ok=True)
     host = get_ip_interface(profile.batch.interface) if profile.batch.interface else get_ip()
     cluster = LocalCluster(
         n_workers=0, host=host, silence_logs=logging.CRITICAL,

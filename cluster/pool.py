@@ -162,7 +162,11 @@ class Pool:
         """By the batch system's word; where none can be had, by the silence of a worker that had called."""
         if states is not None:
             return not alive(states.get(worker.job))
-        return self.profile.kind != "slurm" and worker.called and now - worker.seen > GONE_SECONDS
+        return (
+            self.profile.kind != "slurm"
+            and worker.called
+            and now - worker.seen > max(GONE_SECONDS, 3 * self.profile.batch.poll)
+        )
 
     def _write(self) -> None:
         state = {
@@ -243,7 +247,7 @@ def is_queued(folder: Path) -> bool:
     if not (driver := read_state(folder / DRIVER_FILE)):
         return False
     states = states_of(Profile(kind=driver["kind"]), [driver["job"]])
-    return states is not None and alive(states.get(driver["job"]))
+    return states is not None and driver["job"] in states  # also while it ends: it may be requeueing itself
 
 
 def describe(folder: Path) -> list[str]:

@@ -55,6 +55,9 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             console.print(f"ResourceError: {error}; make room or choose another folder, then repeat", markup=False)
             sys.exit(SITE)
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+            console.print(f"ResourceError: memory ran out ({error}); give workers more, then repeat", markup=False)
+            sys.exit(SITE)
         if _is_lost(error):
             console.print(f"ResourceError: the scheduler does not answer ({error}); {AGAIN}", markup=False)
             sys.exit(SITE)

@@ -26,7 +26,7 @@ from distributed.protocol import deserialize_bytes, serialize_bytes
 from distributed.scheduler import KilledWorker
 from threadpoolctl import ThreadpoolController
 
-from pipeline.patience import LOOK_SECONDS, Idle, Patience, Stopped, site_errno
+from pipeline.patience import LOOK_SECONDS, Idle, Patience, Stopped, able, site_errno
 from pipeline.steps.denoise import one_thread
 from schemas.errors import ColonnadeError, ResourceError
 
@@ -41,6 +41,10 @@ POLL = 0.3  # s between two looks at what became of tasks that do not answer, an
 ANSWERS, STARVED = "colonnade-answers", "worker-restart-memory"  # topics of messages: ours, and one of Dask's nannies
 # Workers that a block costs for want of memory before it is made smaller: the first may be a neighbour's fault.
 MEMORY_DEATHS = 2
+# Workers that a block costs for no known reason before it is made smaller too: a kernel that kills for memory tells
+# nobody. What walltimes and preemption cost is spread over all blocks; one that cost HOPELESS workers never ends.
+LOSSES, HOPELESS = 10, 100
+MEMORY_SECONDS = 60.0  # in which a worker that was ended for its memory is missed; later its address may be another's
 LOST = "the scheduler was lost; see its log for why, start it again, and run the same command again to go on"
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,9 +92,8 @@ def call(
 
 def smallest_memory(client: Client | None, resources: Mapping[str, float]) -> float:
     """Bytes that the smallest worker with these resources may use; infinite where no limit is known."""
-    workers = client.scheduler_info(n_workers=-1)["workers"].values() if client is not None else []
-    able = [worker for worker in workers if set(resources) <= set(worker["resources"] or {})]
-    return min((float(worker["memory_limit"] or math.inf) for worker in able), default=math.inf)
+    workers = able(client, resources).values() if client is not None else []
+    return min((float(worker["memory_limit"] or math.inf) for worker in workers), default=math.inf)
 
 
 # ------------------------------------------------------------------------------------------------- where it computes
@@ -125,6 +128,7 @@ def _answer(function: Callable[[Item], Any], item: Item, key: str) -> None:
     So nothing need be fetched, and nothing that was told can be lost with the worker that computed it.
     """
     worker = get_worker()
+    worker.log_event(ANSWERS, {"key": key, "worker": worker.address})
     try:
         answer: Any = single_threaded(function, item)
     except Exception as error:
@@ -147,10 +151,12 @@ class _Mail:
 
     def __init__(self, client: Client) -> None:
         self._boxes: dict[str, queue.SimpleQueue[tuple[str, str, bytes]]] = {}
-        self.starved: set[str] = set()
+        self.running: dict[str, str] = {}
+        self._starved: dict[str, float] = {}
+        self._renewed: set[str] = set()
         self._comm = client.scheduler_comm
         client.subscribe_topic(ANSWERS, self._deliver)
-        client.subscribe_topic(STARVED, lambda event: self.starved.add(event[1]["worker"]))
+        client.subscribe_topic(STARVED, lambda event: self._starved.update({event[1]["worker"]: time.monotonic()}))
 
     def expect(self, keys: Sequence[str], box: queue.SimpleQueue[tuple[str, str, bytes]]) -> None:
         """Put the answers of tasks into a box, once each."""
@@ -160,6 +166,19 @@ class _Mail:
         """Nobody waits for this task any more."""
         self._boxes.pop(key, None)
 
+    def starved(self, worker: str) -> bool:
+        """Whether a worker was ended just now because it took too much memory."""
+        return time.monotonic() - self._starved.get(worker, -math.inf) < MEMORY_SECONDS
+
+    def renew(self, client: Client, worker: str) -> None:
+        """Start a worker anew, once; one without a nanny, which nobody would start again, is left alone."""
+        if worker in self._renewed or not able(client, {}).get(worker, {}).get("nanny"):
+            return
+        self._renewed.add(worker)
+        log.warning("worker %s failed where another one did not; it is started anew", worker)
+        restart = functools.partial(client.restart_workers, [worker], raise_for_error=False)
+        threading.Thread(target=restart, daemon=True, name="renew").start()
+
     def require(self, client: Client) -> None:
         """Raise ``ResourceError`` if the scheduler is another than at first: clients connect again without a word."""
         if client.scheduler_comm is not self._comm:
@@ -167,7 +186,9 @@ class _Mail:
 
     def _deliver(self, event: tuple[float, dict[str, Any]]) -> None:
         message = event[1]
-        if (box := self._boxes.pop(message["key"], None)) is not None:
+        if "data" not in message:
+            self.running[message["worker"]] = message["key"]
+        elif (box := self._boxes.pop(message["key"], None)) is not None:
             box.put((message["key"], message["worker"], message["data"]))
 
 
@@ -189,6 +210,7 @@ class _Sent(Generic[Item]):
     item: Item
     future: Future[None] | None = None
     avoid: str = ""
+    only: frozenset[str] = frozenset()
     lost: int = 0
     starved: int = 0
     silent: bool = False
@@ -206,8 +228,7 @@ class _Stream(Generic[Item, Result]):
         self._sent: dict[str, _Sent[Item]] = {}
         self._mail, self._box = _mail_of(client), queue.SimpleQueue[tuple[str, str, bytes]]()
         self._workers, self._counted, self._looked = 0, -math.inf, time.monotonic()
-        self._patience, self._idle = Patience(), Idle(client)
-        self._raised: dict[str, str] = {}  # exceptions that only one worker met so far
+        self._patience, self._idle = Patience(), Idle(client, resources)
 
     def run(self, pending: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
         """All items, as they finish."""
@@ -231,7 +252,7 @@ class _Stream(Generic[Item, Result]):
     def _width(self) -> int:
         """Tasks that the scheduler may know: as given, or twice the workers, which come and go on a batch system."""
         if not self._given and time.monotonic() - self._counted >= LOOK_SECONDS:
-            self._workers, self._counted = len(self._client.nthreads()), time.monotonic()
+            self._workers, self._counted = len(able(self._client, self._resources)), time.monotonic()
         return max(1, self._given or 2 * self._workers)
 
     def _refill(self, pending: Iterator[Item]) -> None:
@@ -243,10 +264,9 @@ class _Stream(Generic[Item, Result]):
         """Many at once, since each call to the scheduler costs as much as a task."""
         keys = [f"{self._label}-{uuid.uuid4().hex}" for _ in tasks]
         self._mail.expect(keys, self._box)
-        others = [address for address in self._client.nthreads() if address != tasks[0].avoid] if tasks[0].avoid else []
         futures = self._client.map(
             _answer, [self._function] * len(keys), [task.item for task in tasks], keys, key=keys,
-            resources=self._resources, workers=others or None, allow_other_workers=bool(others), pure=False, retries=0,
+            resources=self._resources, workers=sorted(tasks[0].only) or None, pure=False, retries=0,
         )  # fmt: skip
         for key, task, future in zip(keys, tasks, futures, strict=True):
             task.future, task.silent = future, False
@@ -261,7 +281,8 @@ class _Stream(Generic[Item, Result]):
         while not self._box.empty():
             answers.append(self._box.get())
         for key, worker, data in answers:
-            task = self._sent.pop(key)
+            if (task := self._sent.pop(key, None)) is None:
+                continue
             answer = deserialize_bytes(data)
             if isinstance(answer, Exception):
                 self._failed(task, answer, worker)
@@ -269,33 +290,25 @@ class _Stream(Generic[Item, Result]):
             self._patience.reset()
             if task.future is not None:
                 task.future.release()
-            if task.avoid:
-                self._renew(task.avoid)
+            if task.avoid not in ("", worker):
+                self._mail.renew(self._client, task.avoid)
             yield task.item, answer
 
     def _failed(self, task: _Sent[Item], error: Exception, worker: str) -> None:
         """Send a task that raised an exception again, or raise it here: what a user must mend, and bugs.
 
-        A bug is what two workers agree on, or what no other worker can disprove.
+        A bug is what a second worker meets with the same block, or what there is no other worker to disprove.
         """
+        task.only = frozenset()
         if site_errno(error) is not None:
             self._patience.wait(error, self._stop)
-        elif isinstance(error, ColonnadeError) or not set(self._client.nthreads()) - {worker}:
-            raise error
         else:
-            kind = f"{type(error).__name__}: {error}"
-            if self._raised.setdefault(kind, worker) != worker:
+            task.only = frozenset(able(self._client, self._resources)) - {worker}
+            if isinstance(error, ColonnadeError) or not task.only or task.avoid not in ("", worker):
                 raise error
-            log.error("%s: %s on worker %s; another one tries the same block", self._label, kind, worker)
+            log.error("%s: %s: %s on worker %s; another one tries", self._label, type(error).__name__, error, worker)
             task.avoid = worker
         self._send([task])
-
-    def _renew(self, worker: str) -> None:
-        """Start a worker anew that failed where another one did not, as one does whose GPU met an error."""
-        log.warning("%s: worker %s failed where another one did not; it is started anew", self._label, worker)
-        if worker in self._client.nthreads():
-            restart = functools.partial(self._client.restart_workers, [worker], raise_for_error=False)
-            threading.Thread(target=restart, daemon=True, name="renew").start()
 
     def _look(self) -> None:
         """Find out what became of tasks whose worker said nothing."""
@@ -309,30 +322,39 @@ class _Stream(Generic[Item, Result]):
             status = "lost" if task.future is None else task.future.status
             if status == "cancelled":
                 raise ResourceError(LOST)
-            # Its message comes before the state does, but may be waiting in the box just now: look twice.
-            if status == "error" or (status == "finished" and task.silent):
+            # A worker's last words come before its end is known, but may be waiting in the box just now: look twice.
+            if status in ("error", "finished") and task.silent:
                 again.append(self._sent.pop(key))
                 self._mail.forget(key)
-                if again[-1].future is not None and status == "error":
-                    self._lost(again[-1], again[-1].future.exception())
-            task.silent = status == "finished"
+                if status == "error" and task.future is not None:
+                    self._lost(key, task, task.future.exception())
+            task.silent = status in ("error", "finished")
+            if task.only and status == "pending" and not task.only & set(self._client.nthreads()):
+                again.append(self._sent.pop(key))  # those that it may run on have gone
+                self._mail.forget(key)
+                task.only = frozenset()
         for task in again:
             self._send([task])
 
-    def _lost(self, task: _Sent[Item], error: BaseException | None) -> None:
+    def _lost(self, key: str, task: _Sent[Item], error: BaseException | None) -> None:
         """Note that a worker died under a task, and make the task smaller if memory was the cause."""
         if not isinstance(error, KilledWorker):
             raise error or RuntimeError(f"{self._label}: a task failed without a reason")
-        worker, memory = error.last_worker.address, error.last_worker.address in self._mail.starved
+        task.only = frozenset()
+        worker = error.last_worker.address
+        if self._mail.running.get(worker) != key:
+            return  # it was only waiting there
+        memory = self._mail.starved(worker)
         task.lost, task.starved = task.lost + 1, task.starved + memory
         cause = "ended for want of memory" if memory else "was lost"
         log.warning("%s: worker %s %s; its block is sent again (%d)", self._label, worker, cause, task.lost)
-        if not memory or task.starved < MEMORY_DEATHS:
+        starved = task.starved >= MEMORY_DEATHS
+        if not starved and task.lost % LOSSES:
             return
-        if (less := self._smaller(task.item)) is None:
-            limit = error.last_worker.memory_limit
+        if (less := self._smaller(task.item)) is not None:
+            task.item = less
+        elif starved or task.lost >= HOPELESS:
             raise ResourceError(
-                f"{self._label}: a block ended {task.starved} workers of {limit / 1e9:.1f} GB for want of memory, with "
-                "the smallest tiles too; give workers more memory, or set blocks.frames lower"
+                f"{self._label}: a block ended {task.lost} workers of {error.last_worker.memory_limit / 1e9:.1f} GB, "
+                f"{task.starved} of them for want of memory; give workers more, or set blocks.frames lower"
             )
-        task.item = less

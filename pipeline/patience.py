@@ -8,6 +8,8 @@ import math
 import os
 import threading
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import dask.config
 from distributed import Client
@@ -61,11 +63,18 @@ def site_errno(error: BaseException | None) -> int | None:
     return None
 
 
-class Idle:
-    """Watches for a cluster without any worker: not for ever, but a batch system may take as long as for the first."""
+def able(client: Client, resources: Mapping[str, float]) -> dict[str, Mapping[str, Any]]:
+    """What the scheduler knows of each worker that has these resources, by address."""
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return {address: facts for address, facts in workers.items() if set(resources) <= set(facts["resources"] or {})}
 
-    def __init__(self, client: Client) -> None:
-        self._client, self._asked, self._since = client, time.monotonic(), math.inf
+
+class Idle:
+    """Watches for a cluster that has no worker for a task: not for ever, but a batch system may take its time."""
+
+    def __init__(self, client: Client, resources: Mapping[str, float]) -> None:
+        self._client, self._resources = client, resources
+        self._asked, self._since = time.monotonic(), math.inf
         self._limit = max(NO_WORKERS, float(dask.config.get("colonnade.start-timeout", 0.0)))
 
     def check(self) -> None:
@@ -74,12 +83,12 @@ class Idle:
         if now - self._asked < min(LOOK_SECONDS, NO_WORKERS):
             return
         self._asked = now
-        if self._client.nthreads():
+        if able(self._client, self._resources):
             self._since = math.inf
             return
         self._since = min(self._since, now)
         if now - self._since >= self._limit:
             raise ResourceError(
-                f"no worker is left on {self._client.scheduler_info()['address']}; see the workers' logs "
-                "for why they ended, start them again, and run the same command again"
+                f"no worker with {', '.join(self._resources)} is left on {self._client.scheduler_info()['address']}; "
+                "see the workers' logs for why they ended, start them again, and run the same command again"
             )

@@ -144,6 +144,10 @@ def soak(
     return report
 
 
+MOST_DRIVERS = 60
+"""More than the kills of a round and what comes of them can explain."""
+
+
 class Round:
     """One output folder, from nothing until it is complete."""
 
@@ -158,7 +162,8 @@ class Round:
         pending = deque(kills)
         try:
             while self.attend(pending) != 0:
-                pass
+                if len(self.drivers) > MOST_DRIVERS:
+                    raise AssertionError(f"{self.output}: still not done after {MOST_DRIVERS} drivers")
         finally:
             kill_all([driver.process for driver in self.drivers])
         self._compare()

@@ -5,27 +5,36 @@ from __future__ import annotations
 import os
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import dask
 import psutil
 import pytest
-from distributed import Client
+from distributed import Client, Nanny, Scheduler, SpecCluster
 
 from cluster import connect
+from cluster.connect import CONFIG
 from pipeline.graph import call, smallest_memory, stream
 from pipeline.patience import Stopped
 from schemas.errors import ResourceError, SourceError
 from schemas.profiles import Profile
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
+@pytest.fixture(scope="module", autouse=True)
+def importable() -> Iterator[None]:
+    """Workers import the functions below."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[1])  # workers import the functions below
-        with connect(Profile(kind="local", workers=2, memory=1.5)) as client:
-            assert client is not None
-            yield client
+        patch.syspath_prepend(Path(__file__).parents[1])
+        yield
+
+
+@pytest.fixture(scope="module")
+def client(importable: None) -> Iterator[Client]:
+    with connect(Profile(kind="local", workers=2, memory=1.5)) as client:
+        assert client is not None
+        yield client
 
 
 def square(x: int) -> int:
@@ -173,8 +182,67 @@ def test_want_of_memory_costs_smaller_pieces_and_ends_with_the_reason(client: Cl
     ((sent, found),) = stream(client, eat, [item], label="eat", stop=threading.Event(), smaller=smaller)
     assert sent == (str(tmp_path), 10) and found == 10
     assert len(list(tmp_path.glob("1800-*"))) >= 2  # the first death may have been a neighbour's fault
-    with pytest.raises(ResourceError, match=r"workers of 1\.5 GB for want of memory, with the smallest tiles too"):
+    with pytest.raises(ResourceError, match=r"workers of 1\.5 GB, [23] of them for want of memory"):
         list(stream(client, eat, [(str(tmp_path), 1801)], label="eat", stop=threading.Event(), smaller=smaller))
+
+
+def differ(name: str) -> None:
+    """A bug whose words are never the same, as those that hold addresses or what memory is free."""
+    with Path(name).open("a") as file:
+        file.write("x")
+    raise ZeroDivisionError(f"at {uuid.uuid4()}")
+
+
+def test_a_bug_need_not_say_the_same_twice(client: Client, tmp_path: Path) -> None:
+    name = tmp_path / "tried"
+    with pytest.raises(ZeroDivisionError):
+        list(stream(client, differ, [str(name)], label="differ", stop=threading.Event()))
+    assert name.read_text() == "xx"
+
+
+def fall_over(item: tuple[str, int]) -> int:
+    """Takes the worker down, as often as told, while others wait behind it on the same worker."""
+    folder, deaths = item
+    if len(list(Path(folder).glob("*"))) < deaths:
+        (Path(folder) / uuid.uuid4().hex).touch()
+        time.sleep(0.2)  # for its start to be told
+        os.kill(os.getpid(), 9)
+    return deaths
+
+
+def test_a_block_that_only_waited_on_a_dead_worker_is_not_blamed(tmp_path: Path, caplog) -> None:
+    with connect(Profile(kind="local", workers=1, memory=1.5)) as client:
+        items = [(str(tmp_path), 2), *((str(tmp_path), -n) for n in range(3))]
+        found = dict(stream(client, fall_over, items, label="fall", stop=threading.Event(), in_flight=4))
+    assert found == {item: item[1] for item in items}
+    said = [record.getMessage() for record in caplog.records if "was lost" in record.getMessage()]
+    assert len(said) == 2 and said[-1].endswith("(2)")
+
+
+@pytest.fixture
+def mixed() -> Iterator[Client]:
+    """One worker with a GPU, as far as Dask is told, and one without."""
+    parts = {
+        name: {"cls": Nanny, "options": {"nthreads": 1, "resources": {resource: 1}, "memory_limit": "1.5GB"}}
+        for name, resource in (("gpu", "GPU"), ("cpu", "CPU"))
+    }
+    with (
+        dask.config.set(CONFIG),
+        SpecCluster(
+            parts, scheduler={"cls": Scheduler, "options": {"dashboard": False, "host": "127.0.0.1"}}
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        client.wait_for_workers(2)
+        yield client
+
+
+def test_a_task_that_failed_goes_to_no_worker_that_lacks_what_it_needs(mixed: Client, tmp_path: Path) -> None:
+    options = {"stop": threading.Event(), "resources": {"GPU": 1}}
+    assert dict(stream(mixed, square, range(5), label="sound", **options)) == {x: x * x for x in range(5)}
+    with pytest.raises(ZeroDivisionError, match="one over nothing"):
+        list(stream(mixed, bug_everywhere, [str(tmp_path / "tried")], label="bug", **options))
+    assert len((tmp_path / "tried").read_text().split()) == 1
 
 
 def test_a_stop_ends_the_stream_between_tasks_here() -> None:
@@ -239,5 +307,5 @@ def test_a_cluster_that_lost_all_workers_is_an_error_and_no_silence(monkeypatch:
         client.cluster.scale(0)
         while client.nthreads():
             time.sleep(0.1)
-        with pytest.raises(ResourceError, match="no worker is left"):
+        with pytest.raises(ResourceError, match="no worker with CPU is left"):
             list(stream(client, square, [1], label="none", stop=threading.Event()))
