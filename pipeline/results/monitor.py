@@ -82,11 +82,11 @@ def _status(path: Path, histories: dict[str, History], site: Site) -> FolderStat
 
 
 def is_over(found: FolderStatus | None, *, expected: bool) -> bool:
-    """Whether nothing will change any more: no driver is ``expected``, and none lives unless all has ended."""
-    if found is None or expected:
+    """Whether nothing will change any more: all has ended, or no driver lives and none is ``expected``."""
+    if found is None:
         return not expected
     alive = found.driver is not None and found.driver.alive
-    return all(movie.state in ENDED for movie in found.movies) or not alive
+    return all(movie.state in ENDED for movie in found.movies) or not (alive or expected)
 
 
 def view(found: FolderStatus | None, lines: Sequence[str], *, rows: int) -> RenderableType:
