@@ -98,7 +98,10 @@ def worker_script(profile: Profile, *, scheduler: str = "tcp://DRIVER:PORT", log
     walltime = str(_wanted(profile, "walltime", batch.walltime))
     if (span := seconds_of(walltime)) >= LEAST_LIFETIME:
         extra += ["--lifetime", f"{LIFETIME * span:.0f}s", "--lifetime-stagger", f"{STAGGER * span:.0f}s"]
-    directives = [*batch.directives, *([f"--gres=gpu:{batch.gpus}"] if batch.gpus and profile.kind == "slurm" else [])]
+    directives = list(batch.directives)
+    if profile.kind == "slurm":
+        # A worker that was preempted is replaced as soon as it ends; put back by Slurm too it would be one too many.
+        directives = ["--no-requeue", *directives, *([f"--gres=gpu:{batch.gpus}"] if batch.gpus else [])]
     prologue = [*batch.prologue, "export OMP_NUM_THREADS=1", f"export DASK_INTERNAL_INHERIT_CONFIG={settings}"]
     memory = _wanted(profile, "memory", f"{profile.memory:g}GB" if profile.memory else None)
     made = _job(

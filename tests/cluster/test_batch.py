@@ -31,7 +31,7 @@ def made(kind: str, **options) -> Profile:
 @pytest.mark.parametrize(
     ("kind", "lines"),
     [
-        ("slurm", ["#SBATCH -p gpu", "#SBATCH -t 02:30:00", "#SBATCH --mem=8G", "#SBATCH --cpus-per-task=2"]),
+        ("slurm", ["#SBATCH -p gpu", "-t 02:30:00", "--mem=8G", "--cpus-per-task=2", "#SBATCH --no-requeue"]),
         ("pbs", ["#PBS -q gpu", "#PBS -l walltime=02:30:00", "select=1:ncpus=2:mem=7630MB"]),
         ("lsf", ["#BSUB -q gpu", "#BSUB -W 02:30\n", "#BSUB -n 2"]),
         ("sge", ["#$ -q gpu", "#$ -l h_rt=02:30:00"]),
