@@ -37,9 +37,6 @@ _ENDED = {
     "COMPLETED", "COMPLETING", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
     "OUT_OF_MEMORY",
 }  # fmt: skip
-NANNY_MEMORY = (
-    150e6  # bytes of a job that are not the worker's: were it given all, a kernel would kill before its nanny
-)
 DEATH_TIMEOUT = 60  # s after which a worker that finds no scheduler ends its job
 # A job that is submitted from within another must not inherit what that one was given.
 _INHERITED = re.compile(r"^(SLURM_(?!CONF$|CLUSTERS$)|SRUN_|PMI_|PBS_(?!CONF_FILE$|SERVER$|DEFAULT$)|LSB_|PE_)")
@@ -117,7 +114,7 @@ def worker_script(profile: Profile, *, scheduler: str = "tcp://DRIVER:PORT", log
 
 def _limit(memory: float) -> str:
     """What a worker may use of the memory of its job [bytes], as Dask reads it."""
-    return f"{(memory - NANNY_MEMORY) / 1e9:.3f}GB"
+    return f"{memory / 1e9 - NANNY_MEMORY:.3f}GB"
 
 
 def _declared(profile: Profile) -> str:

@@ -46,6 +46,7 @@ def test_each_system_is_told_in_its_own_words(kind, lines):
     for word in ("tcp://10.0.0.1:7", "--nthreads 1 ", "CPU=1", "--lifetime 8100s --lifetime-stagger 900s"):
         assert word in script
     assert "colonnade-worker --nthreads" not in script  # names of workers must differ
+    assert "--memory-limit 7.750GB" in script  # of its job's 8, some is the nanny's: the kernel must not be the first
 
 
 def test_gpus_are_asked_for_and_declared():
