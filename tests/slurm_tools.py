@@ -127,7 +127,8 @@ class Pace:
 
     def __call__(self) -> None:
         due = self.blocks * min(0.8, (time.monotonic() - self.begin) / self.seconds)
-        (halt_workers if parts(self.output) > due else let_workers_go_on)()
+        # Workers that have not called yet are let alone: halted before they can, they would be waited for in vain.
+        (halt_workers if parts(self.output) > due and called(self.output) else let_workers_go_on)()
 
 
 def until(found: Callable[[], object], what: str, *, pace: Pace | None = None) -> None:
