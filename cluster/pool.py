@@ -100,8 +100,8 @@ class Pool:
             log.error("jobs %s could not be cancelled: %s", ", ".join(known), error)
             return
         with self._lock:
-            for job in known:
-                del self.workers[job]
+            for job in known:  # one that ended meanwhile may be gone
+                self.workers.pop(job, None)
 
     def reasons(self) -> str:
         """What the batch system says of the jobs, in words."""

@@ -50,7 +50,8 @@ def adopted(task: Task, step: str) -> Mapping[str, Any] | None:
     if not path.exists() or (meta := read_meta(path) or {}).get("fingerprint") != dict(task.keys)[step]:
         return None
     rows = {table: int(meta.get(table, 0)) for table in ("rows", "particles")}
-    return {"seconds": {}, "adopted": True, **rows}
+    made: dict[str, Any] = {fact: meta[fact] for fact in ("device", "models") if fact in meta}
+    return {"seconds": {}, "adopted": True, **rows, **made}
 
 
 def _once(step: str) -> Callable[[Compute], Compute]:
@@ -278,14 +279,15 @@ def tables_of(task: Task, clock: Clock) -> tuple[dict[str, measure.Rows], infere
 def _process(task: Task, clock: Clock) -> Mapping[str, Any]:
     tables, images, measured = tables_of(task, clock)
     rows = {"rows": len(tables["columns"]["y"]), "particles": len(tables["particles"]["y"])}
+    loaded = models.in_use(task.settings, task.device)
     with clock("write"):
         _keep_images(task, images, measured)
         # A driver that died before it noted the block learns the numbers of rows from the part.
-        meta = {"fingerprint": dict(task.keys)["process"], **rows, "device": images.device}
+        made = {"device": images.device, "models": {"denoise": images.denoiser, **loaded}}
+        meta = {"fingerprint": dict(task.keys)["process"], **rows, **made}
         arrays = {f"{table}.{name}": values for table, found in tables.items() for name, values in found.items()}
         write_part(task.part("process"), arrays, meta)
-    loaded = {"denoise": images.denoiser, **models.in_use(task.settings, task.device)}
-    return record(clock, **rows, device=images.device, models=loaded)
+    return record(clock, **rows, **made)
 
 
 def _joined(tables: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

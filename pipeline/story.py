@@ -309,8 +309,10 @@ class Story:
         if not plan.finished(self.ledger, self.parts, name, start, stop, self.keys[name]):
             return False
         if not self.ledger.is_done(name, start, stop, self.keys[name]):
-            task = dataclasses.replace(self.task, start=start, stop=stop)
-            self._done(name, start, stop, blocks.adopted(task, name) or {"seconds": {}, "adopted": True})
+            found = blocks.adopted(dataclasses.replace(self.task, start=start, stop=stop), name)
+            if found is None:
+                return False
+            self._done(name, start, stop, found)
         return True
 
     def _done(self, step: str, start: int, stop: int, result: Mapping[str, Any]) -> None:

@@ -70,5 +70,6 @@ def test_a_block_that_is_on_disk_is_not_computed_again(monkeypatch: pytest.Monke
     assert "adopted" not in blocks.process(task)
     write_part(task.part("process"), {}, {"fingerprint": "another", "rows": 3})
     assert "adopted" not in blocks.process(task)
-    write_part(task.part("process"), {}, {"fingerprint": "key", "rows": 3, "particles": 2})
-    assert blocks.process(task) == {"seconds": {}, "adopted": True, "rows": 3, "particles": 2}
+    made = {"rows": 3, "particles": 2, "device": "cpu, float32", "models": {"segment": "0123"}}
+    write_part(task.part("process"), {}, {"fingerprint": "key", **made})
+    assert blocks.process(task) == {"seconds": {}, "adopted": True, **made}
