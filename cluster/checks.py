@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import logging
 import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import dask.config
 from distributed import Client
@@ -18,7 +20,12 @@ import schemas
 from schemas.errors import ResourceError
 from schemas.profiles import Profile
 
+log = logging.getLogger("colonnade")
+
+Answer = TypeVar("Answer")
+
 PACKAGES = ("schemas", "pipeline", "cluster")
+ATTEMPTS = 5  # at asking all workers, any of which may be lost just then
 LIBRARIES = ("colonnade", "dask", "distributed", "numpy", "torch", "xarray", "zarr")
 
 
@@ -65,11 +72,31 @@ def report_from(token: str) -> dict[str, Any]:
     }
 
 
+def asked(client: Client, question: Callable[[], Answer]) -> Answer:
+    """What a call returns that Dask sends to all workers: it raises ``OSError`` if one of them is lost just then."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return question()
+        except TimeoutError:  # an OSError to Python
+            raise
+        except OSError as error:
+            if client.status != "running":  # the scheduler is gone
+                raise
+            log.warning("a worker was lost while all were asked (%s); they are asked again", error)
+            time.sleep(1.0)
+    return question()
+
+
 def check_workers(client: Client, profile: Profile) -> None:
     """Wait for a worker, then compare every worker with this process; all differences at once."""
     wanted = profile.workers or 1
-    try:
+
+    def described() -> dict[str, dict[str, Any]]:
         client.wait_for_workers(wanted, timeout=profile.start_timeout)
+        return dict(client.run(describe_process))
+
+    try:
+        found = asked(client, described)
     except TimeoutError:
         raise ResourceError(
             f"{len(client.nthreads())} of {wanted} worker(s) came within {profile.start_timeout:g} s; "
@@ -77,7 +104,7 @@ def check_workers(client: Client, profile: Profile) -> None:
         ) from None
     ours, declared = describe_process(), _resources(client)
     differences = []
-    for address, theirs in client.run(describe_process).items():
+    for address, theirs in found.items():
         # Processes started here from the same folder run the same files by construction.
         same_place = profile.kind in ("local", "cuda") and theirs["root"] == ours["root"]
         known = {**theirs, "code": ours["code"]} if same_place else theirs

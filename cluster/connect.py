@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from distributed.core import Status
 from distributed.utils import get_ip, get_ip_interface
 
 from cluster.batch import settings_for_workers
-from cluster.checks import check_workers, describe_process, differences_of
+from cluster.checks import asked, check_workers, describe_process, differences_of
 from cluster.gpu import cuda_cluster
-from cluster.local import local_cluster
+from cluster.local import local_cluster, scheduler_options
 from cluster.pool import FAILURES, WORKERS_FILES, Pool, Step
 from schemas.errors import ResourceError
 from schemas.profiles import Profile
@@ -122,7 +123,7 @@ def connect(
             return
         start = cuda_cluster if profile.kind == "cuda" else local_cluster
         with _closing(start(profile)) as cluster, Client(cluster, set_as_default=False) as client:
-            client.register_plugin(IgnoreInterrupts())
+            asked(client, partial(client.register_plugin, IgnoreInterrupts()))
             check_workers(client, profile)
             yield client
 
@@ -133,11 +134,7 @@ def _batch(profile: Profile, folder: Path, stop: threading.Event) -> Iterator[Cl
     for name in WORKERS_FILES:  # of an earlier run, which may have had other pools
         (folder / name).unlink(missing_ok=True)
     host = get_ip_interface(profile.batch.interface) if profile.batch.interface else get_ip()
-    cluster = LocalCluster(
-        n_workers=0, host=host, silence_logs=logging.CRITICAL,
-        dashboard_address=profile.dashboard or "127.0.0.1:0",
-        scheduler_kwargs={"dashboard": profile.dashboard is not None},
-    )  # fmt: skip
+    cluster = LocalCluster(n_workers=0, host=host, silence_logs=logging.CRITICAL, **scheduler_options(profile))
 
     def names() -> list[str]:
         return [str(worker.name) for worker in list(cluster.scheduler.workers.values())]
@@ -154,7 +151,7 @@ def _batch(profile: Profile, folder: Path, stop: threading.Event) -> Iterator[Cl
             pool.start()
         _wait_for_first(client, pools[0], profile.start_timeout, stop)
         check_workers(client, profile.model_copy(update={"workers": 1}))
-        client.register_plugin(SameCopy(describe_process(), profile.device))
+        asked(client, partial(client.register_plugin, SameCopy(describe_process(), profile.device)))
         yield client
 
 

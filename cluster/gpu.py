@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cluster.local import scheduler_options
 from schemas.errors import ResourceError
 from schemas.profiles import Profile
 
@@ -28,6 +29,6 @@ def cuda_cluster(profile: Profile) -> Any:
         n_workers=profile.workers,
         threads_per_worker=1,
         resources={"GPU": 1, "CPU": 1},
-        dashboard_address=profile.dashboard,
         local_directory=str(profile.local_directory) if profile.local_directory else None,
+        **scheduler_options(profile),
     )

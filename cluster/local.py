@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 import psutil
 from distributed import LocalCluster
+from distributed.scheduler import DEFAULT_EXTENSIONS
+from distributed.spans import SpansSchedulerExtension
 
 from schemas.errors import ResourceError
 from schemas.profiles import Profile
@@ -29,6 +32,30 @@ def size(profile: Profile) -> tuple[int, float]:
             "ask for fewer workers or less memory in the profile"
         )
     return workers, memory
+
+
+class _NoSpans(SpansSchedulerExtension):
+    """In place of what Dask notes for ever of every call that submits tasks, and of every group of them."""
+
+    def observe_tasks(self, tss: Any, code: Any, span_metadata: Any) -> Any:
+        """Called by the scheduler with new tasks."""
+        return {}
+
+    def heartbeat(self, ws: Any, data: Any) -> None:
+        """Called with what workers measured."""
+
+
+def scheduler_options(profile: Profile) -> dict[str, Any]:
+    """For a scheduler in the driver's process: ``scheduler_kwargs`` and ``dashboard_address`` of a ``LocalCluster``.
+
+    Nothing listens but the scheduler, unless the profile asks for Dask's pages; and what it remembers does not grow
+    with the number of blocks.
+    """
+    extensions = {name: kind for name, kind in DEFAULT_EXTENSIONS.items() if name != "stealing"} | {"spans": _NoSpans}
+    return {
+        "dashboard_address": profile.dashboard or "127.0.0.1:0",
+        "scheduler_kwargs": {"dashboard": profile.dashboard is not None, "extensions": extensions},
+    }
 
 
 def local_cluster(profile: Profile) -> LocalCluster:
@@ -54,10 +81,8 @@ def _start(profile: Profile, workers: int, memory: float) -> LocalCluster:
         memory_limit=f"{memory:.3f}GB",
         resources={"CPU": 1},
         host="127.0.0.1",
-        # Nothing listens but the scheduler, unless the profile asks for Dask's pages.
-        dashboard_address=profile.dashboard or "127.0.0.1:0",
-        scheduler_kwargs={"dashboard": profile.dashboard is not None},
         local_directory=str(profile.local_directory) if profile.local_directory else None,
         # A heartbeat that is cut off when the cluster closes is no error of the user's.
         silence_logs=logging.CRITICAL,
+        **scheduler_options(profile),
     )

@@ -42,6 +42,25 @@ def test_local_gives_checked_single_threaded_workers() -> None:
             checks.check_workers(client, Profile(kind="local", workers=3, start_timeout=0.1))
 
 
+def answer_or_die(token: str) -> int:
+    """Of all workers that are asked, one ends itself, and does not again."""
+    try:
+        os.close(os.open(token, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return os.getpid()
+    os._exit(1)
+
+
+def test_a_worker_that_is_lost_while_all_are_asked_ends_nothing(tmp_path: Path) -> None:
+    with connect(Profile(kind="local", workers=2, memory=1.25)) as client:
+        assert client is not None
+        with pytest.raises(OSError, match="Scheduler Broadcast"):
+            client.run(answer_or_die, str(tmp_path / "first"))
+        client.wait_for_workers(2, timeout=60)
+        found = checks.asked(client, lambda: client.run(answer_or_die, str(tmp_path / "second")))
+        assert found and os.getpid() not in found.values()
+
+
 def kill_the_first(number: int) -> threading.Thread:
     """Kill the first so many worker processes of this process, each as soon as it exists."""
 
