@@ -76,10 +76,18 @@ def parts(output: Path, movie: str = "*") -> int:
     return len(list((output / "parts").glob(f"{movie}/process-*.npz")))
 
 
+def _known(output: Path) -> list[dict[str, object]]:
+    return list(read_state(output / "cluster" / "workers.json").get("workers", []))
+
+
+def noted(output: Path) -> list[str]:
+    """Jobs of workers that the driver has noted, the oldest first."""
+    return sorted((str(worker["job"]) for worker in _known(output)), key=int)
+
+
 def called(output: Path) -> list[str]:
     """Jobs of workers that are at work, the oldest first."""
-    known = read_state(output / "cluster" / "workers.json").get("workers", [])
-    return [job for job in jobs("worker") if job in {worker["job"] for worker in known if worker["called"]}]
+    return [job for job in jobs("worker") if job in {worker["job"] for worker in _known(output) if worker["called"]}]
 
 
 def finished(output: Path) -> dict[Path, int]:

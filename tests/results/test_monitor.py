@@ -116,6 +116,7 @@ def test_ctrl_c_ends_it_well(tmp_path: Path, write_ledger: Callable[..., Any]) -
     write_ledger(tmp_path, "gold", half_finished())
     lease(tmp_path)
     words = tools.command("status", tmp_path, "--monitor", "--interval", 0.2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background is deaf to it
     with subprocess.Popen(words, env=tools.environment(), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         while "gold: running" not in process.stdout.readline():
