@@ -31,11 +31,14 @@ from pipeline.ingest.to_stack import (
 from pipeline.job import PlannedMovie, Progress, movies_of, overrides_of
 from pipeline.layout import stack_layout
 from pipeline.ledger import Lease, Ledger
+from pipeline.networks.adapt import CHECK_FRAMES, CHECKS, SYMMETRIES
 from pipeline.networks.weights import denoiser_of, load_weights
 from pipeline.steps import denoise, segment
 from schemas.errors import ColonnadeError, ResourceError, SettingsError, SourceError
 from schemas.settings import Job, Settings
 
+# Frames that an adaptation estimates to judge itself: in the looks of both parts, before it and by the filter.
+LOOKS = (2 * CHECKS + 2) * CHECK_FRAMES
 TRIAL_EDGE = 256
 
 
@@ -219,8 +222,13 @@ def predict_seconds(
     pixels = shape[0] * shape[1] * shape[2]
     share = {line.step: line.todo / line.blocks for line in lines}
     trains = settings.denoise.network != "none" and settings.denoise.weights in ("adapt", "scratch")
-    adapting = settings.denoise.steps * rates["training"] * share["adapt"] if trains else 0.0
-    return pixels * (rates["survey"] * share["survey"] + rates["process"] * share["process"]) / workers + adapting
+    adapting = 0.0
+    if trains:
+        options = settings.denoise
+        sample = min(shape[1], options.sample_side) * min(shape[2], options.sample_side) * rates["denoise"]
+        adapting = options.steps * rates["training"] + sample * (SYMMETRIES * options.sample_frames + LOOKS)
+    work = rates["survey"] * share["survey"] + rates["process"] * share["process"]
+    return pixels * work / workers + adapting * share["adapt"]
 
 
 def trial(settings: Settings) -> dict[str, float]:
@@ -233,12 +241,13 @@ def trial(settings: Settings) -> dict[str, float]:
     network: Any = load_weights(denoiser_of(settings.denoise.tier)).module
     columns = load_weights(settings.segment.model)
     torch.set_num_threads(1)
-    seconds = []
+    seconds, alone = [], []
     for _ in range(2):
         begin = time.perf_counter()
         smooth = denoise.denoise(
             network, frames, [3], links=links, level=denoise.Level(5.0, 5.0), tile=None, dtype=settings.denoise.dtype
         )
+        alone.append(time.perf_counter() - begin)
         segment.column_probability(
             columns.module, smooth, sampling=0.2, model_sampling=0.2, polarity=1, window=None,
             halo=settings.segment.halo, batch=1,
@@ -246,7 +255,7 @@ def trial(settings: Settings) -> dict[str, float]:
         seconds.append(time.perf_counter() - begin)
     process = min(seconds) * 1.3 / edge**2  # columns, reading and writing come on top
     training = min(seconds) * 3 * settings.denoise.batch * (settings.denoise.crop / edge) ** 2
-    return {"process": process, "survey": process * 0.8, "training": training}
+    return {"process": process, "survey": process * 0.8, "training": training, "denoise": min(alone) / edge**2}
 
 
 # ------------------------------------------------------------------------------------------------------------ ingest

@@ -12,10 +12,12 @@ from pipeline.models import TRAINED_HERE
 from pipeline.movie import Clock, Movie
 from pipeline.networks import adapt
 from pipeline.networks.adapt_sample import Sample, plan_sample, training_sample
+from pipeline.networks.blindness import blind_of, blinded
 from pipeline.networks.blindspot import TIERS
 from pipeline.networks.wcvd import RELEASED
 from pipeline.networks.weights import architecture_of, denoiser_of, load_weights, resolve, save_weights
 from pipeline.steps import denoise, drift
+from schemas.errors import SettingsError
 from schemas.settings import Denoise
 
 
@@ -30,28 +32,31 @@ def prepare_denoiser(movie: Movie, target: Path, clock: Clock) -> dict[str, Any]
         return {"network": "none", "weights": None, "sha256": ""}
     if options.weights not in TRAINED_HERE:
         loaded = load_weights(options.weights)
-        if not getattr(loaded.module, "context_radius", 0) or "movie" in loaded.metadata:
-            network = str(loaded.metadata["architecture"])
-            return {"network": network, "weights": str(resolve(options.weights)), "sha256": loaded.sha256}
-    adapted = _train(movie, clock)
+        name, told = str(loaded.metadata["architecture"]), {"blind": blind_of(loaded.module)}
+        if options.blind == "frame" and name == "wcvd":
+            raise SettingsError(f"denoise.blind is frame, which {options.weights} (wcvd) cannot be; use a blindspot")
+        unhidden = options.blind == "frame" and name == "blindspot" and told["blind"] == "pixels"
+        if not unhidden and (not getattr(loaded.module, "context_radius", 0) or "movie" in loaded.metadata):
+            return {"network": name, "weights": str(resolve(options.weights)), "sha256": loaded.sha256, **told}
+    sample = _sample(movie, clock)
+    network, steps = _start(options)
+    calibrated = movie.model is not None and movie.model.calibrated
+    chosen = blinded(network, sample, wanted=options.blind, steps=steps, calibrated=calibrated)
+    adapted = adapt.adapt(
+        chosen.network.to(movie.task.device), sample, steps=steps, crop=options.crop, batch=options.batch,
+        learning_rate=options.learning_rate, seed=options.seed, dtype=options.dtype,
+    )  # fmt: skip
     facts = {"movie": movie.stack.attributes.get("content_hash", ""), "training": adapted.record, "seed": options.seed}
     # Seconds and the like would make the file, hence its hash, depend on the day.
     sha256 = save_weights(adapted.network.cpu(), target, {**facts, "training": _repeatable(adapted.record)})
-    network = architecture_of(adapted.network)
-    return {"network": network, "weights": "own", "sha256": sha256, "training": adapted.record}
+    name = architecture_of(adapted.network)
+    known = chosen.correlation if np.isfinite(chosen.correlation) else None
+    noise = {"noise_correlation": known, "correlated": chosen.correlated, "blind": chosen.blind}
+    return {"network": name, "weights": "own", "sha256": sha256, "training": adapted.record, **noise}
 
 
 def _repeatable(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in ("seconds", "step_seconds")}
-
-
-def _train(movie: Movie, clock: Clock) -> adapt.Adapted:
-    options = movie.settings.denoise
-    network, steps = _start(options)
-    return adapt.adapt(
-        network.to(movie.task.device), _sample(movie, clock), steps=steps, crop=options.crop, batch=options.batch,
-        learning_rate=options.learning_rate, seed=options.seed, dtype=options.dtype,
-    )  # fmt: skip
 
 
 def _start(options: Denoise) -> tuple[torch.nn.Module, int]:

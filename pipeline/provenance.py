@@ -98,7 +98,18 @@ def _notes(found: Mapping[str, Mapping[str, Any]], stack: store.Stack, settings:
             f"denoised frames are damped beyond {limit:.3g} 1/Å, the information limit at {energy:g} keV with a focal "
             f"spread of {settings.lowpass.focal_spread:g} Å (lowpass.cutoff, lowpass.focal_spread)"
         )
-    adapted = found["adapt"].get("training") or {}
+    adapt = found["adapt"]
+    adapted = adapt.get("training") or {}
+    if adapt.get("blind") == "frame":
+        notes.append(
+            "the denoiser was shown nothing of the frame that it estimates but its neighbours, where it has any "
+            "(denoise.blind): what lasts one frame is not seen"
+        )
+    if adapt.get("correlated"):
+        notes.append(
+            f"the noise of pixels nearby is correlated ({adapt['noise_correlation']:+.2f}): evidence and standard "
+            "errors take it to be independent and are too sure"
+        )
     if adapted.get("kept") == "initial" and adapted.get("steps"):
         notes.append("adapting the denoiser to this movie did not help; the pretrained weights were used")
     if adapted.get("kept") == "wiener":

@@ -126,6 +126,11 @@ class Denoise(Section):
         "adapt",
         description="pretrained | adapt (to each movie, from pretrained) | scratch | path of a safetensors file",
     )
+    blind: Literal["auto", "pixels", "frame"] = Field(
+        "auto",
+        description="what blindspot may not see of the frame that it estimates: its own 2 x 2 pixels, or all of it, as "
+        "noise needs that is correlated between pixels; auto: by the noise measured",
+    )
     steps: Count = Field(3000, description="most training steps of adapt and scratch, which end where more do not help")
     seed: int = Field(0, description="seed of the training")
     sample_frames: Count = Field(64, description="frames of the movie that adaptation may read")
@@ -138,6 +143,12 @@ class Denoise(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="number format of the network; auto: bfloat16 where the processor has it"
     )
+
+    @model_validator(mode="after")
+    def _hidden(self) -> Denoise:
+        if self.blind == "frame" and self.network == "wcvd":
+            raise ValueError("blind is frame, which network wcvd cannot be; expected network blindspot")
+        return self
 
 
 class Lowpass(Section):

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.networks.adapt_sample import Batches, Sample, held_out
+from pipeline.networks.adapt_sample import Batches, Sample, held_out, turned, turned_back
 from pipeline.networks.blindspot import CONTEXT_RADIUS, BlindSpot, scale_of
 from pipeline.networks.weights import build
 from pipeline.networks.wiener import NeighbourWiener, wiener_kernel
@@ -34,6 +34,9 @@ CHECK_FRAMES = 32
 CHECKS, PATIENCE = 6, 2
 MEMORY = 150
 SURE = 2.0
+# The last part of the steps, in which a network is trained on its own estimates.
+LAST_SHARE = 1 / 3
+SYMMETRIES = 8  # of the square, over which these are averaged
 # Part of the movie's mean variance below which no pixel's variance is believed to lie.
 DIMMEST = 0.1
 
@@ -65,32 +68,31 @@ def adapt(
 ) -> Adapted:
     """Train a copy of `network` for at most `steps` steps; keep the best of both and of a plain Wiener filter.
 
-    Without steps it is the choice between the network as it is and the filter.
-
     The loss is the squared difference to the noisy frame over the variance of the noise where the network itself
     estimates the frame to be so bright: its gradient is that of the likelihood of counts, it takes negative values too,
-    and, the network being blind, it is minimal for the expected image. One in ten squares of 16 px is
-    never a target; there the risk of both networks and of a `NeighbourWiener` is compared (E(y - mu)² - variance
-    estimates the error of a blind estimate; the same pixels for all, so that their noise cancels). Of the training,
-    the running mean of the weights is looked at CHECKS times and the best kept; it ends when PATIENCE looks in a row
-    were no better, since few or dark frames are soon learnt by heart. Training that did not help is thrown away, and
-    so is a network that does not beat the filter by more than chance: a movie of mere noise, say, is left to the
-    filter, which makes a constant of it. `crop` [px], `batch` crops per step; Adam with a learning rate that falls as a
-    cosine. The same arguments give the same bits on one machine (one thread).
+    and, the network being blind, it is minimal for the expected image. One in ten squares of 16 px is never a target;
+    there the risk of both networks and of a `NeighbourWiener` is compared (E(y - mu)² - variance estimates the error of
+    a blind estimate; the same pixels for all, so that their noise cancels). Of the training, the running mean of the
+    weights is looked at CHECKS times and the best kept; it ends when PATIENCE looks in a row were no better, since few
+    or dark frames are soon learnt by heart. The last third of the steps of a BlindSpot trains the best network on its
+    own estimates, averaged over the eight symmetries of the square: nearer to the truth than one of them alone, and
+    with little noise. Training that did not help is thrown away, and so is a network that does not beat the filter by
+    more than chance: a movie of mere noise, say, is left to the filter, which makes a constant of it. `crop` [px],
+    `batch` crops per step; Adam with a learning rate that falls as a cosine. The same arguments give the same bits on
+    one machine (one thread).
     """
     begin = time.perf_counter()
     network = with_context(network, sample)
     device = next(network.parameters()).device
     held = held_out(sample, seed=seed)
     risk = partial(_risks, sample=sample, held=held, dtype=dtype)
-    usable = np.flatnonzero(sample.links.good)
     with one_thread():
         before = risk(network)
         best = _Best(network, before, 0)
-        if len(usable) and steps:
-            contexts = _contexts(network, sample)
-            batches = Batches(sample, held, contexts, crop=crop, batch=batch, seed=seed)
-            best = _train(network, batches, risk, steps=steps, learning_rate=learning_rate, dtype=dtype)
+        if steps and sample.links.good.any():
+            draws = partial(Batches, sample, held, _contexts(network, sample), crop=crop, batch=batch)
+            train = partial(_train, risk=risk, learning_rate=learning_rate, dtype=dtype)
+            best = _in_two_parts(network, draws, train, steps=steps, seed=seed, dtype=dtype)
         after = best.risks
         plain = _wiener(network)
         filtered = np.full_like(before, np.nan) if plain is None else risk(plain)
@@ -164,6 +166,43 @@ def _contexts(network: nn.Module, sample: Sample) -> Tensor:
         )
         if context is not None:
             out[index] = context.cpu()
+    return out
+
+
+def _in_two_parts(
+    network: nn.Module,
+    draws: Callable[..., Batches],
+    train: Callable[..., _Best],
+    *,
+    steps: int,
+    seed: int,
+    dtype: DType,
+) -> _Best:
+    """Train on the noisy frames, then, if it is a BlindSpot, on the averaged estimates of what that gave."""
+    last = round(LAST_SHARE * steps) if isinstance(network, BlindSpot) else 0
+    batches = draws(seed=seed)
+    best = train(network, batches, steps=steps - last)
+    if not last:
+        return best
+    calm = _averaged(best.network, batches.sample, batches.contexts, dtype=dtype)
+    second = train(best.network, draws(seed=seed + 1, targets=calm), steps=last)
+    return second._replace(step=steps - last + second.step) if _mean(second.risks) < _mean(best.risks) else best
+
+
+def _averaged(network: nn.Module, sample: Sample, contexts: Tensor, *, dtype: DType) -> Tensor:
+    """What a network makes of the sample, averaged over its frames turned and mirrored, (m, y, x) [electrons]."""
+    device = next(network.parameters()).device
+    level = torch.tensor(sample.level, dtype=torch.float32, device=device)
+    out = torch.zeros_like(sample.frames)
+    with torch.inference_mode(), reduced_precision(str(device), dtype):
+        for index in np.flatnonzero(sample.links.good):
+            stack, valid = neighbour_stack(
+                sample.frames, int(index), offsets=_offsets(network), links=sample.links, fill=sample.level.mean
+            )
+            parts = [part.to(device) for part in (stack, valid, contexts[index])]
+            for turn in range(SYMMETRIES):
+                made = network(*(turned(part, turn)[None] for part in parts[:2]), level, turned(parts[2], turn)[None])
+                out[index] += turned_back(made[0].float(), turn).cpu() / SYMMETRIES
     return out
 
 

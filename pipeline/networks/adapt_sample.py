@@ -97,10 +97,17 @@ def held_out(sample: Sample, *, seed: int) -> Tensor:
 
 
 class Batches:
-    """Random crops of a sample with their neighbours, turned and mirrored in space and time."""
+    """Random crops of a sample with their neighbours, turned and mirrored in space and time.
 
-    def __init__(self, sample: Sample, held: Tensor, contexts: Tensor, *, crop: int, batch: int, seed: int) -> None:
+    targets (m, y, x) [electrons]: what is to be estimated; by default the frames themselves.
+    """
+
+    def __init__(
+        self, sample: Sample, held: Tensor, contexts: Tensor, *, crop: int, batch: int, seed: int,
+        targets: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.sample, self.held, self.contexts, self.batch = sample, held, contexts, batch
+        self.targets = sample.frames if targets is None else targets
         self.generator = torch.Generator().manual_seed(seed)
         self.usable = np.flatnonzero(sample.links.good)
         self.side = max(2, min(crop, *sample.frames.shape[-2:]) // 2 * 2)
@@ -120,7 +127,7 @@ class Batches:
         region = (top, left, self.side, self.side)
         stack, valid = neighbour_stack(frames, index, offsets=offsets, links=links, fill=level.mean, region=region)
         here = (index, slice(top, top + self.side), slice(left, left + self.side))
-        target = frames[here]
+        target = self.targets[here]
         weight = (~self.held[here] & torch.isfinite(target)).float()
         target = torch.nan_to_num(target, nan=level.mean, posinf=level.mean, neginf=level.mean)
         turn = self._random(16)
@@ -128,7 +135,7 @@ class Batches:
             stack, valid = stack.flip(0), valid.flip(0)
         for slot in self._dropped(offsets):
             stack[slot], valid[slot] = level.mean, False
-        return tuple(_turned(part, turn) for part in (stack, valid, target, weight, self.contexts[here]))
+        return tuple(turned(part, turn) for part in (stack, valid, target, weight, self.contexts[here]))
 
     def _dropped(self, offsets: Sequence[int]) -> list[int]:
         """Neighbours to leave out: any of them, lest noise be learnt by heart; and now and then all at one end."""
@@ -140,10 +147,15 @@ class Batches:
         return dropped
 
 
-def _turned(image: Tensor, turn: int) -> Tensor:
+def turned(image: Tensor, turn: int) -> Tensor:
     """One of the eight symmetries of the square, applied to the last two axes."""
     if turn & 1:
         image = image.flip(-1)
     if turn & 2:
         image = image.flip(-2)
     return image.transpose(-1, -2) if turn & 4 else image
+
+
+def turned_back(image: Tensor, turn: int) -> Tensor:
+    """Undo ``turned``."""
+    return turned(turned(image, turn & 4), turn & 3)

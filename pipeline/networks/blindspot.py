@@ -56,13 +56,16 @@ class BlindSpot(nn.Module):
     `frames` is odd (neighbours -r … r); `channels` must be a multiple of 16, because torch's bfloat16 gradients of
     dilated convolutions are otherwise NaN on CPUs. With `context` > 0 the network is also given the mean of the
     neighbours (never the centre frame) filtered by `kernel`, which reaches that many pixels: what long-range order
-    tells at no cost in convolutions.
+    tells at no cost in convolutions. Without `own_frame` it sees nothing of a centre frame that has any neighbour:
+    where a detector spreads the noise of a pixel over others, these would betray it.
     """
 
     periodic = False
     kernel: Tensor
 
-    def __init__(self, *, frames: int, channels: int, dilations: Sequence[int], context: int = 0) -> None:
+    def __init__(
+        self, *, frames: int, channels: int, dilations: Sequence[int], context: int = 0, own_frame: bool = True
+    ) -> None:
         super().__init__()
         if frames < 1 or frames % 2 == 0:
             raise ValueError(f"frames is {frames}; expected an odd number")
@@ -73,6 +76,8 @@ class BlindSpot(nn.Module):
         self.config = {"frames": frames, "channels": channels, "dilations": list(dilations)}
         if context:
             self.config["context"] = context
+        if not own_frame:
+            self.config["own_frame"] = False
         self.context_radius = context
         radius = frames // 2
         self.offsets = tuple(range(-radius, radius + 1))
@@ -113,6 +118,12 @@ class BlindSpot(nn.Module):
         height, width = frames.shape[-2:]
         scale, mean = scale_of(level), level[0]
         x = (frames - mean).mul_(1 / scale)
+        if not self.config.get("own_frame", True):
+            own, seen = frames.shape[1] // 2, valid.flatten(2).any(2)
+            hidden = (seen.sum(1) > seen[:, own].long())[:, None, None]
+            x[:, own] = x[:, own].masked_fill(hidden, 0)
+            valid = valid.clone()
+            valid[:, own] &= ~hidden
         # An odd edge is repeated inside its own 2 x 2 block, which is blind as a whole; reflecting it would leak.
         odd = (0, width % 2, 0, height % 2)
         extra = None if context is None or not self.context_radius else (context / scale)[:, None]

@@ -9,6 +9,8 @@ variance, and the model says that the noise is constant. Photon-transfer method:
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,6 +23,11 @@ Double = NDArray[np.float64]
 
 _BOXES = (5, 9, 17)
 _BINS = 32
+
+_TILE = 32  # px, of the squares whose spectra are averaged
+_COARSEST = 0.25  # cycles/px, below which a moving specimen may outdo the noise
+_SQUARES = 16  # fewer tell nothing
+_LAGS = 3  # px, farthest correlation that is looked at
 
 
 class NoiseModel(NamedTuple):
@@ -85,6 +92,51 @@ def fit_noise(sample: Float, *, counts_per_electron: float | None) -> NoiseModel
         slope, intercept = scatter / level, 0.0
     offset, readout = (-intercept / slope, 0.0) if intercept < 0 else (0.0, intercept / slope**2)
     return NoiseModel(float(offset), float(slope), float(readout), calibrated=False, signal_dependent=True)
+
+
+class Correlation(NamedTuple):
+    """How alike the noise of pixels nearby is.
+
+    largest: correlation of a pixel with one at most 3 px away, of all directions together, the largest in size.
+    shrunk: by how much that makes the variance of a pixel smaller than the noise of the electrons is (1 if white).
+    Both NaN where they are not known.
+    """
+
+    largest: float
+    shrunk: float
+
+
+def noise_correlation(pairs: Iterable[tuple[Float, Float]]) -> Correlation:
+    """Measure the correlation of the noise on pairs of frames.
+
+    pairs: frames (y, x) of one scene, or parts of them, whose noise is independent, such as consecutive ones once the
+    drift is taken out. The spectrum of their differences is averaged over squares of 32 px, of which 16 are needed, and
+    its median taken over rings, in which the few peaks of a crystal that moved do not count; coarse frequencies, where
+    a film that moved would look like correlated noise, are taken to be as strong as those of 0.25 cycles per pixel, but
+    for ``shrunk``, which continues the fall as a Gaussian's. A camera whose scintillator spreads light leaves little at
+    high frequencies; of white noise all are alike.
+    """
+    line = np.hanning(_TILE + 1)[:-1]
+    window = np.outer(line, line)
+    power, count = np.zeros((_TILE, _TILE)), 0
+    for one, other in pairs:
+        difference = one.astype(np.float64) - other
+        for top, left in itertools.product(*(range(0, size - _TILE + 1, _TILE) for size in difference.shape)):
+            square = difference[top : top + _TILE, left : left + _TILE]
+            if np.isfinite(square).all():
+                power += np.abs(np.fft.fft2((square - square.mean()) * window)) ** 2
+                count += 1
+    if count < _SQUARES or not power.any():
+        return Correlation(float("nan"), float("nan"))
+    k = np.hypot(np.fft.fftfreq(_TILE)[:, None], np.fft.fftfreq(_TILE)) * _TILE
+    rings = np.arange(round(_COARSEST * _TILE), int(k.max()) + 1)
+    levels = np.array([np.median(power[np.abs(k - ring) <= 0.5]) for ring in rings])
+    lags = np.fft.ifft2(np.interp(k, rings, levels)).real[: _LAGS + 1, : _LAGS + 1]
+    others = lags.ravel()[1:] / lags[0, 0]
+    fall = max(0.0, float(np.log(levels[0] / levels[4]) / (rings[4] ** 2 - rings[0] ** 2)))
+    # In place of what lies below 0.25 cycles per pixel: a Gaussian through the first rings.
+    whole = np.where(k < rings[0], levels[0] * np.exp(fall * (rings[0] ** 2 - k**2)), np.interp(k, rings, levels))
+    return Correlation(float(others[np.argmax(np.abs(others))]), float(whole[0, 0] / whole.mean()))
 
 
 def _given(mean: Double, variance: Double, gain: float) -> NoiseModel:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline.networks.blindspot import TIERS, BlindSpot
 from pipeline.networks.wcvd import WCVD
-from pipeline.networks.weights import denoiser_of, load_weights
+from pipeline.networks.weights import denoiser_of, load_weights, save_weights
 from pipeline.steps.denoise import FrameLinks, Level, frame_context, neighbour_stack
 
 LEVEL = torch.tensor([0.7, 0.9])
@@ -49,6 +49,29 @@ def test_every_tier_is_blind_everywhere(tier, height, width, data):
     network = make(**TIERS[tier])
     y, x = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
     assert gradient(network, (height, width), (y, x))[len(network.offsets) // 2, y, x] == 0
+
+
+def test_without_its_own_frame_a_network_sees_the_others_alone(tmp_path):
+    network = make(**TIERS["small"], own_frame=False)
+    seen = gradient(network, (16, 16), (7, 8))
+    assert torch.count_nonzero(seen[2]) == 0
+    assert all(seen[slot, 7, 8] != 0 for slot in (0, 1, 3, 4))
+    frames = torch.rand(1, 5, 16, 16)
+    valid = torch.ones_like(frames, dtype=torch.bool)
+    other, hidden = frames.clone(), valid.clone()
+    other[:, 2], hidden[:, 2] = 7.0, False
+    assert torch.equal(network(frames, valid, LEVEL), network(other, hidden, LEVEL))
+    assert valid.all()  # what it was given is left alone
+    alone = torch.zeros_like(valid)
+    alone[:, 2] = True  # a frame without neighbours is not hidden
+    assert not torch.equal(network(frames, alone, LEVEL), network(other, alone, LEVEL))
+    both = network(torch.cat([frames, frames]), torch.cat([valid, alone]), LEVEL)
+    assert torch.allclose(both[0], network(frames, valid, LEVEL)[0], atol=1e-6)
+    assert torch.allclose(both[1], network(frames, alone, LEVEL)[0], atol=1e-6)
+    save_weights(network, tmp_path / "hidden.safetensors", {})
+    assert torch.equal(
+        load_weights(tmp_path / "hidden.safetensors").module(other, valid, LEVEL), network(frames, valid, LEVEL)
+    )
 
 
 def test_neighbours_are_seen_at_the_pixel_itself():
