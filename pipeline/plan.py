@@ -35,7 +35,7 @@ STEPS: Mapping[str, tuple[int, str | None, tuple[str, ...]]] = {
     "drift": (2, "survey", ("drift.max_motion", "drift.cauchy")),
     "adapt": (5, "drift", ("denoise",)),
     "vote": (1, "adapt", ("segment.model", "segment.contrast", "source.mode", "lowpass")),
-    "process": (5, "vote", (
+    "process": (6, "vote", (
         "segment", "columns", "particles", "fourier.band", "fourier.significance", "species", "images.save")),
     "collect": (2, "process", ("images.examples", "fourier.threshold")),
 }  # fmt: skip

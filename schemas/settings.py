@@ -171,7 +171,9 @@ class Segment(Section):
     contrast: Literal["auto", "bright", "dark"] = Field(
         "auto", description="atoms bright or dark; auto: bright in haadf, voted by the network over the movie in hrtem"
     )
-    window: Count | None = Field(384, description="edge of a window in pixels of the network; none: the whole frame")
+    window: Count | None = Field(
+        768, description="largest edge of a window in pixels of the network; none: the whole frame"
+    )
     halo: Count | None = Field(None, description="halo of a window on each side; none: what the network looks at")
 
 
@@ -214,7 +216,9 @@ class Particles(Section):
     neck: Probability = Field(
         0.75, description="particles are parted where they touch along less than this part of the narrower one's width"
     )
-    window: Count | None = Field(384, description="edge of a window in pixels of the network; none: the whole frame")
+    window: Count | None = Field(
+        768, description="largest edge of a window in pixels of the network; none: the whole frame"
+    )
     halo: Count | None = Field(None, description="halo of a window on each side; none: what the network looks at")
 
 
@@ -242,7 +246,9 @@ class Species(Section):
     margin: Annotated[float, Field(ge=0)] = Field(
         1.0, description="sites nearer to the edge of the view (Å) count for no vacancies"
     )
-    window: Count | None = Field(384, description="edge of a window in pixels of the network; none: the whole frame")
+    window: Count | None = Field(
+        768, description="largest edge of a window in pixels of the network; none: the whole frame"
+    )
     only: str | None = Field(None, description="the one species that the movie holds, given to every column")
 
 

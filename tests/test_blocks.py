@@ -14,7 +14,17 @@ from pipeline.parts import write_part
 from schemas.errors import ResourceError
 from schemas.settings import Settings
 
-TASK = Task("stack", "run", "parts", 10, Settings(), (("process", "key"),), "cpu", 0, 10)
+TASK = Task(
+    "stack",
+    "run",
+    "parts",
+    10,
+    Settings.model_validate({"segment": {"window": 384}}),
+    (("process", "key"),),
+    "cpu",
+    0,
+    10,
+)
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])

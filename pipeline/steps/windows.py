@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -19,26 +20,29 @@ def blend(
     receptive_radius: int,
     batch: int,
 ) -> Tensor:
-    """Output (c_out, y, x) of `function` on image (c, y, x), computed in windows of edge `window` [px].
+    """Output (c_out, y, x) of `function` on image (c, y, x), computed in windows of edges up to `window` [px].
 
     `function` maps (batch, c, h, w) to (batch, c_out, h, w). The image is continued by reflection by `halo` on each
-    side, once; a window is a core and a halo per side. In each window the border of `receptive_radius`, which depends
-    on where the window was cut, is trimmed *before* what is left is weighted by a Hamming window and added up. So
-    every window size gives the same answer up to rounding. `window` None computes the image in one piece.
-    The last batch is padded, so that all batches have one shape. Raises SettingsError where sizes do not fit.
+    side, once; a window is a core and a halo per side. As few windows as need be, of equal size, cover each axis. In
+    each window the border of `receptive_radius`, which depends on where the window was cut, is trimmed *before* what is
+    left is weighted by a Hamming window and added up. So every window size gives the same answer up to rounding.
+    `window` None computes the image in one piece. The last batch is padded, so that all batches have one shape. Raises
+    SettingsError where sizes do not fit.
     """
     _check(window, halo, receptive_radius)
     height, width = image.shape[-2:]
-    if window is None or (window >= height + 2 * halo and window >= width + 2 * halo):
+    core_y, core_x = (_core(size, window, halo) for size in (height, width))
+    if (core_y, core_x) == (height, width):
         rows, cols = (reflected(-halo, n + halo, n, device=image.device) for n in (height, width))
         padded = image.index_select(-2, rows).index_select(-1, cols)
         return function(padded[None])[0, :, halo : halo + height, halo : halo + width].clone()
     total = torch.empty(0)
     weights = image.new_zeros(height, width)
-    places = [(y, x) for y in _starts(height, window, halo) for x in _starts(width, window, halo)]
+    places = [(y, x) for y in _starts(height, core_y, halo) for x in _starts(width, core_x, halo)]
+    edges = core_y + 2 * halo, core_x + 2 * halo
     for first in range(0, len(places), batch):
         group = places[first : first + batch]
-        stack = torch.stack([_cut(image, y, x, window) for y, x in group + [group[-1]] * (batch - len(group))])
+        stack = torch.stack([_cut(image, (y, x), edges) for y, x in group + [group[-1]] * (batch - len(group))])
         made = function(stack)
         if not total.numel():
             total = made.new_zeros(made.shape[1], height, width)
@@ -66,18 +70,24 @@ def reflected(start: int, stop: int, size: int, *, device: torch.device | None =
     return torch.minimum(index, period - index) if size > 1 else torch.zeros_like(index)
 
 
-def _starts(size: int, window: int, halo: int) -> Iterator[int]:
+def _core(size: int, window: int | None, halo: int) -> int:
+    """Core of each window along an axis: with the fewest windows, so small that they hardly overlap."""
+    most = size if window is None else min(size, window - 2 * halo)
+    return math.ceil(size / math.ceil(size / most))
+
+
+def _starts(size: int, core: int, halo: int) -> Iterator[int]:
     """First pixel of each window along an axis; cores tile the axis, the last window ends with the halo."""
-    core = window - 2 * halo
     last = max(size - core, 0) - halo
     yield from range(-halo, last, core)
     yield last
 
 
-def _cut(image: Tensor, y: int, x: int, window: int) -> Tensor:
-    height, width = image.shape[-2:]
-    rows = reflected(y, y + window, height, device=image.device)
-    cols = reflected(x, x + window, width, device=image.device)
+def _cut(image: Tensor, place: tuple[int, int], edges: tuple[int, int]) -> Tensor:
+    rows, cols = (
+        reflected(start, start + edge, size, device=image.device)
+        for start, edge, size in zip(place, edges, image.shape[-2:], strict=True)
+    )
     return image.index_select(-2, rows).index_select(-1, cols)
 
 
@@ -89,9 +99,12 @@ def _add(total: Tensor, weights: Tensor, output: Tensor, place: tuple[int, int],
         kept = max(inner[0], 0), min(inner[1], size)
         slices.append(slice(*kept))
         parts.append(slice(kept[0] - start, kept[1] - start))
-    edge = output.shape[-1] - 2 * trim
-    hamming = torch.hamming_window(edge, periodic=False, dtype=output.dtype, device=output.device)
-    vertical, horizontal = (hamming[part.start - trim : part.stop - trim] for part in parts)
+    vertical, horizontal = (
+        torch.hamming_window(edge - 2 * trim, periodic=False, dtype=output.dtype, device=output.device)[
+            part.start - trim : part.stop - trim
+        ]
+        for part, edge in zip(parts, output.shape[-2:], strict=True)
+    )
     weight = vertical[:, None] * horizontal
     total[:, slices[0], slices[1]] += output[:, parts[0], parts[1]] * weight
     weights[slices[0], slices[1]] += weight
