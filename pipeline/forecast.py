@@ -85,7 +85,7 @@ def _seconds(step: str, movie: MoviePlan, found: Measured) -> float:
     if step == "adapt":
         looked, tried_looked = (min(CHECK_FRAMES, p.shape[0]) for p in (movie, tried))
         rest = max(0.0, took - tried.movie.settings.denoise.steps * found.training)
-        return rest * looked / tried_looked + options.denoise.steps * found.training
+        return rest * looked / tried_looked + movie.training_steps * found.training
     if step == "collect":
         return took + len(TABLES) * max(0, blocks - found.steps["process"].blocks) * found.part
     return took * pixels

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -40,11 +41,12 @@ class Silent:
 
 @dataclass(frozen=True)
 class PlannedMovie:
-    """A movie of a job: its name, its files, its settings."""
+    """A movie of a job: its name, its files, its settings, and the first one of its group, if that is another."""
 
     name: str
     files: MovieFiles
     settings: Settings
+    lead: PlannedMovie | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,16 @@ def movies_of(job: Job) -> tuple[list[PlannedMovie], list[tuple[Path, str]]]:
                 f"two movies are called {movie.name!r}: {movie.files.paths[0]} and {twins[0].files.paths[0]}; "
                 "give one a name with `name:` in the job file, or run them into two folders"
             )
-    return found, ignored
+    return _led(found), ignored
+
+
+def _led(movies: Sequence[PlannedMovie]) -> list[PlannedMovie]:
+    """Movies that name the first of their group; which may change when that one cannot be read."""
+    first: dict[str, PlannedMovie] = {}
+    for movie in movies:
+        first.setdefault(movie.settings.denoise.group or "", movie)
+    leads = [first[movie.settings.denoise.group or ""] if movie.settings.denoise.group else movie for movie in movies]
+    return [movie if lead is movie else replace(movie, lead=lead) for movie, lead in zip(movies, leads, strict=True)]
 
 
 def overrides_of(settings: Settings) -> SourceOverrides:

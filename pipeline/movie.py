@@ -24,6 +24,15 @@ from schemas.settings import Settings
 
 
 @dataclass(frozen=True)
+class Lead:
+    """The movie whose network others of its group take over: its name, and the answer of its adapt step."""
+
+    movie: str
+    fingerprint: str
+    part: str
+
+
+@dataclass(frozen=True)
 class Task:
     """What a worker needs to compute frames [start, stop) of one step: paths, settings and fingerprints."""
 
@@ -37,6 +46,7 @@ class Task:
     start: int = 0
     stop: int = 0
     halvings: int = 0
+    lead: Lead | None = None
 
     def part(self, step: str, start: int | None = None, stop: int | None = None) -> Path:
         """Part file of a step; of this task's own frames, unless others are named."""

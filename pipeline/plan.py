@@ -108,10 +108,13 @@ def calibration(
     }
 
 
-def dependencies(settings: Settings, content: str, facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def dependencies(
+    settings: Settings, content: str, facts: Mapping[str, Any], *, lead: str = ""
+) -> dict[str, dict[str, Any]]:
     """What each step depends on, as flat dictionaries that can be compared and shown.
 
-    ``content`` is the hash of the stack's pixels, ``facts`` its ``calibration``.
+    ``content`` is the hash of the stack's pixels, ``facts`` its ``calibration``; ``lead`` is the fingerprint of the
+    adaptation that the movie takes over from another one of its group.
     """
     flat = flatten(settings.model_dump(mode="json"))
     loaded = hashes(settings)
@@ -123,6 +126,7 @@ def dependencies(settings: Settings, content: str, facts: Mapping[str, Any]) -> 
         weights = {f"{name}.weights": loaded[name] for name in WEIGHTS.get(step, ()) if name in loaded}
         stated = {f"stack.{name}": facts[name] for name in CALIBRATION.get(step, ()) if name in facts}
         stated |= references if step == "calibrate" else {}
+        stated |= {"denoise.group.lead": lead} if step == "adapt" and lead else {}
         found[step] = {**inherited, **mine, **stated, **weights, f"{step}.version": version}
     return found
 

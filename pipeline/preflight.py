@@ -124,6 +124,13 @@ class MoviePlan:
     collected: bool
 
     @property
+    def training_steps(self) -> int:
+        """Most steps of the adaptation; none where a network is used as it is, or taken over from another movie."""
+        options = self.movie.settings.denoise
+        trains = options.network != "none" and options.weights in ("adapt", "scratch") and self.movie.lead is None
+        return options.steps if trains else 0
+
+    @property
     def shard_frames(self) -> int:
         """Frames of a shard of the stack."""
         megabytes = self.movie.settings.stacks.shard_megabytes
@@ -163,15 +170,23 @@ def plan_of(job: Job, movie: PlannedMovie) -> MoviePlan:
     planes = int(facts.get("planes", 1))
     size, halo = plan.block_frames(settings, shape), plan.denoiser_halo(settings)
     ledger = Ledger(job.output / "ledger" / movie.name)
-    deps = plan.dependencies(settings, content, facts)
+    deps = plan.dependencies(settings, content, facts, lead=_lead_of(job, movie))
     lines = plan.plan_movie(ledger, job.output / "parts" / movie.name, frames=shape[0], size=size, deps=deps)
     collected = ledger.is_done("collect", 0, shape[0], plan.fingerprints(deps)["collect"])
     return MoviePlan(movie, shape, itemsize, planes, size, halo, why, tuple(lines), collected)
 
 
+def _lead_of(job: Job, movie: PlannedMovie) -> str:
+    """Fingerprint of the adaptation that a movie takes over from the first of its group; empty: it has its own."""
+    if movie.lead is None:
+        return ""
+    _, _, content, facts, _ = _stack_facts(job, movie.lead)
+    return plan.fingerprints(plan.dependencies(movie.lead.settings, content, facts))["adapt"]
+
+
 def _print_movie(found: MoviePlan, out: Console, workers: int, rates: dict[str, float]) -> tuple[float, float]:
     settings, shape, costs = found.movie.settings, found.shape, found.costs
-    seconds = predict_seconds(settings, shape, found.lines, workers, rates)
+    seconds = predict_seconds(settings, shape, found.lines, workers, rates, steps=found.training_steps)
     title = f"{found.movie.name}: {shape[0]} frames of {shape[1]} x {shape[2]}"
     table = Table("step", "blocks", "to do", "why", title=title)
     table.add_row("ingest", str(found.shards), "0" if found.ingest == "done" else "all", found.ingest)
@@ -215,18 +230,19 @@ def predict_seconds(
     lines: Sequence[plan.StepPlan],
     workers: int,
     rates: dict[str, float],
+    *,
+    steps: int,
 ) -> float:
-    """Time that the steps to do will take, from a trial of one small frame on this machine."""
+    """Time that the steps to do will take, from a trial of one small frame here; adaptation takes `steps` steps."""
     if "process" not in rates:
         rates.update(trial(settings))
     pixels = shape[0] * shape[1] * shape[2]
     share = {line.step: line.todo / line.blocks for line in lines}
-    trains = settings.denoise.network != "none" and settings.denoise.weights in ("adapt", "scratch")
     adapting = 0.0
-    if trains:
+    if steps:
         options = settings.denoise
         sample = min(shape[1], options.sample_side) * min(shape[2], options.sample_side) * rates["denoise"]
-        adapting = options.steps * rates["training"] + sample * (SYMMETRIES * options.sample_frames + LOOKS)
+        adapting = steps * rates["training"] + sample * (SYMMETRIES * options.sample_frames + LOOKS)
     work = rates["survey"] * share["survey"] + rates["process"] * share["process"]
     return pixels * work / workers + adapting * share["adapt"]
 

@@ -16,6 +16,7 @@ from pipeline.networks.blindness import blind_of, blinded
 from pipeline.networks.blindspot import TIERS
 from pipeline.networks.wcvd import RELEASED
 from pipeline.networks.weights import architecture_of, denoiser_of, load_weights, resolve, save_weights
+from pipeline.parts import read_meta
 from pipeline.steps import denoise, drift
 from schemas.errors import SettingsError
 from schemas.settings import Denoise
@@ -25,7 +26,8 @@ def prepare_denoiser(movie: Movie, target: Path, clock: Clock) -> dict[str, Any]
     """Write the movie's weights to ``target`` if they are its own; what they are, for the record.
 
     ``weights`` in the result is "own" (the file ``target``), a name or path (used as it is), or None (no denoising).
-    Networks that are told the filtered neighbours need a filter of this movie's, hence a file of its own.
+    Networks that are told the filtered neighbours need a filter of this movie's, hence a file of its own. One that is
+    taken over from another movie of the group is told those of this movie, and must beat this movie's Wiener filter.
     """
     options = movie.settings.denoise
     if options.network == "none" or movie.good is None or not movie.good.any():
@@ -39,7 +41,8 @@ def prepare_denoiser(movie: Movie, target: Path, clock: Clock) -> dict[str, Any]
         if not unhidden and (not getattr(loaded.module, "context_radius", 0) or "movie" in loaded.metadata):
             return {"network": name, "weights": str(resolve(options.weights)), "sha256": loaded.sha256, **told}
     sample = _sample(movie, clock)
-    network, steps = _start(options)
+    lead = _network_of_lead(movie)
+    network, steps = _start(options) if lead is None else (load_weights(str(lead)).module, 0)
     calibrated = movie.model is not None and movie.model.calibrated
     chosen = blinded(network, sample, wanted=options.blind, steps=steps, calibrated=calibrated)
     adapted = adapt.adapt(
@@ -52,7 +55,18 @@ def prepare_denoiser(movie: Movie, target: Path, clock: Clock) -> dict[str, Any]
     name = architecture_of(adapted.network)
     known = chosen.correlation if np.isfinite(chosen.correlation) else None
     noise = {"noise_correlation": known, "correlated": chosen.correlated, "blind": chosen.blind}
-    return {"network": name, "weights": "own", "sha256": sha256, "training": adapted.record, **noise}
+    taken = {} if lead is None else {"shared": True}
+    return {"network": name, "weights": "own", "sha256": sha256, "training": adapted.record, **noise, **taken}
+
+
+def _network_of_lead(movie: Movie) -> Path | None:
+    """Weights that were adapted to the first movie of the group; None where there are none that would be of use."""
+    if movie.task.lead is None:
+        return None
+    part = Path(movie.task.lead.part)
+    found = read_meta(part) or {}
+    useful = found.get("weights") == "own" and found.get("training", {}).get("kept") != "wiener"
+    return part.with_suffix(".safetensors") if useful else None
 
 
 def _repeatable(record: dict[str, Any]) -> dict[str, Any]:

@@ -100,6 +100,13 @@ def _notes(found: Mapping[str, Mapping[str, Any]], stack: store.Stack, settings:
         )
     adapt = found["adapt"]
     adapted = adapt.get("training") or {}
+    if adapt.get("lead"):
+        whose = adapt["lead"]["movie"]
+        notes.append(
+            f"the denoiser was adapted to {whose}, the first of the group {settings.denoise.group!r} (denoise.group)"
+            if adapt.get("shared")
+            else f"adapting to {whose}, the first of the group, gave no network of use; this movie has its own"
+        )
     if adapt.get("blind") == "frame":
         notes.append(
             "the denoiser was shown nothing of the frame that it estimates but its neighbours, where it has any "

@@ -15,11 +15,12 @@ from distributed import Client
 
 from pipeline import blocks, collect, graph, images, models, plan, store
 from pipeline.collect import Piece
+from pipeline.groups import Groups
 from pipeline.ingest.describe import describe
 from pipeline.ingest.to_stack import binned_dtype, calibration_of, open_ingested, plan_cut, write_stack
 from pipeline.job import Engine, Outcome, PlannedMovie, Progress, Silent, movies_of, overrides_of
 from pipeline.ledger import Lease, Ledger
-from pipeline.movie import Task
+from pipeline.movie import Lead, Task
 from pipeline.parts import part_path, read_meta, sweep
 from pipeline.patience import Stopped
 from pipeline.provenance import describe_run
@@ -60,17 +61,19 @@ def run(
         for movie in movies:  # so that `colonnade status` knows of those that wait
             (job.output / "ledger" / movie.name).mkdir(exist_ok=True)
         sweep(job.output / name for name in ("ledger", "parts", "stacks", *(f"{movie.name}.zarr" for movie in movies)))
-        return list(_side_by_side(engine, movies, redo))
+        return list(_side_by_side(engine, movies, Groups(movies), redo))
 
 
-def _side_by_side(engine: Engine, movies: Sequence[PlannedMovie], redo: str | None) -> Iterator[Outcome]:
+def _side_by_side(
+    engine: Engine, movies: Sequence[PlannedMovie], groups: Groups, redo: str | None
+) -> Iterator[Outcome]:
     """Run movies in threads of this process, which only wait: a short movie leaves no worker idle."""
     width = 1 if engine.client is None else min(len(movies), max(2, len(engine.client.nthreads())))
     if width <= 1:
-        yield from (run_movie(engine, movie, redo) for movie in movies)
+        yield from (run_movie(engine, movie, redo, groups) for movie in movies)
         return
     with ThreadPoolExecutor(width, thread_name_prefix="movie") as pool:
-        futures = [pool.submit(run_movie, engine, movie, redo) for movie in movies]
+        futures = [pool.submit(run_movie, engine, movie, redo, groups) for movie in movies]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             errors = [error for future in done if (error := future.exception()) is not None]
@@ -86,13 +89,13 @@ def _side_by_side(engine: Engine, movies: Sequence[PlannedMovie], redo: str | No
     yield from (future.result() for future in futures)
 
 
-def run_movie(engine: Engine, movie: PlannedMovie, redo: str | None = None) -> Outcome:
+def run_movie(engine: Engine, movie: PlannedMovie, redo: str | None = None, groups: Groups | None = None) -> Outcome:
     """Ingest, survey, prepare, process, collect one movie; a bad source quarantines it."""
-    begin = time.monotonic()
+    begin, groups = time.monotonic(), groups or Groups()
     ledger = Ledger(engine.output / "ledger" / movie.name, engine.lease)
     path = engine.output / f"{movie.name}.zarr"
     try:
-        story = Story(engine, movie, ledger, ingest(engine, movie), redo)
+        story = Story(engine, movie, ledger, ingest(engine, movie), redo, groups)
         story.survey()
         story.prepare()
         story.process()
@@ -104,6 +107,7 @@ def run_movie(engine: Engine, movie: PlannedMovie, redo: str | None = None) -> O
         ledger.add("movie", status="quarantined", reason=str(error))
         return Outcome(movie.name, "quarantined", path, reason=str(error))
     finally:
+        groups.left(movie.name)
         ledger.flush()
 
 
@@ -148,9 +152,9 @@ class Story:
     """One movie's way through the steps after ingest."""
 
     def __init__(
-        self, engine: Engine, movie: PlannedMovie, ledger: Ledger, stack: store.Stack, redo: str | None
+        self, engine: Engine, movie: PlannedMovie, ledger: Ledger, stack: store.Stack, redo: str | None, groups: Groups
     ) -> None:
-        self.engine, self.movie, self.ledger, self.stack = engine, movie, ledger, stack
+        self.engine, self.movie, self.ledger, self.stack, self.groups = engine, movie, ledger, stack, groups
         size = plan.block_frames(movie.settings, stack.shape)
         # Tasks must agree on the cut, so they get it resolved.
         cut = movie.settings.blocks.model_copy(update={"frames": size})
@@ -158,16 +162,20 @@ class Story:
         self.path = engine.output / f"{movie.name}.zarr"
         self.parts = engine.output / "parts" / movie.name
         facts = calibration_of(movie.settings, stack)
-        self.deps = plan.dependencies(movie.settings, str(stack.attributes["content_hash"]), facts)
+        self.lead = groups.lead_of(movie.name, engine.stop)
+        content, lead = str(stack.attributes["content_hash"]), self.lead.fingerprint if self.lead else ""
+        self.deps = plan.dependencies(movie.settings, content, facts, lead=lead)
         self.keys = plan.fingerprints(self.deps)
         self.weights = models.hashes(movie.settings)
         self.task = Task(
             str(stack.path), str(self.path), str(self.parts), stack.shape[0], self.settings,
-            tuple(self.keys.items()), engine.device,
+            tuple(self.keys.items()), engine.device, lead=self.lead,
         )  # fmt: skip
         require_species(movie, planes=stack.planes, sampling=stack.sampling)
         require_memory(engine, movie.settings, stack.shape, stack.counts.dtype.itemsize, stack.planes)
         self._require_plane()
+        leads = None if self.lead else Lead(movie.name, self.keys["adapt"], str(self._global_part("adapt")))
+        groups.opened(movie.name, leads)
         if redo is not None:
             self._forget(plan.from_step(redo))
         totals = {step: sum(1 for _ in plan.step_blocks(step, stack.shape[0], size)) for step in TASKS}
@@ -205,7 +213,10 @@ class Story:
     def prepare(self) -> None:
         """A handful of global answers, one task each."""
         self.step("drift")
+        if self.lead is not None:
+            self.groups.wait_for(self.lead, self.engine.stop)
         self.step("adapt")
+        self.groups.adapted(self.movie.name)
         self.step("vote")
 
     def process(self) -> None:

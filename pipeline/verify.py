@@ -44,7 +44,8 @@ def task_of(run: Path, *, device: str) -> Task:
     settings, opened = Settings.model_validate(said["settings"]), store.open_stack(stack)
     keys = said["plan"]["fingerprints"]
     content, facts = str(opened.attributes["content_hash"]), calibration_of(settings, opened)
-    if plan.fingerprints(plan.dependencies(settings, content, facts)) != keys:
+    lead = str(said["models"]["denoise"].get("lead", {}).get("fingerprint", ""))
+    if plan.fingerprints(plan.dependencies(settings, content, facts, lead=lead)) != keys:
         raise SettingsError(
             f"{run} was computed by another version of a step, or its stack or weights have changed since; give the "
             "command of the run again first"

@@ -126,6 +126,11 @@ class Denoise(Section):
         "adapt",
         description="pretrained | adapt (to each movie, from pretrained) | scratch | path of a safetensors file",
     )
+    group: str | None = Field(
+        None,
+        description="name of movies taken under equal conditions: they share the network adapted to the first of them "
+        "in the job; none: each movie has its own",
+    )
     blind: Literal["auto", "pixels", "frame"] = Field(
         "auto",
         description="what blindspot may not see of the frame that it estimates: its own 2 x 2 pixels, or all of it, as "
@@ -143,6 +148,15 @@ class Denoise(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="number format of the network; auto: bfloat16 where the processor has it"
     )
+
+    @model_validator(mode="after")
+    def _trained(self) -> Denoise:
+        if self.group is not None and (self.network == "none" or self.weights not in ("adapt", "scratch")):
+            raise ValueError(
+                f"group is {self.group!r}, but with network {self.network} and weights {self.weights} nothing is "
+                "trained that movies could share; leave it out, or set weights to adapt"
+            )
+        return self
 
     @model_validator(mode="after")
     def _hidden(self) -> Denoise:
