@@ -98,12 +98,17 @@ def _notes(found: Mapping[str, Mapping[str, Any]], stack: store.Stack, settings:
             f"denoised frames are damped beyond {limit:.3g} 1/Å, the information limit at {energy:g} keV with a focal "
             f"spread of {settings.lowpass.focal_spread:g} Å (lowpass.cutoff, lowpass.focal_spread)"
         )
-    adapt = found["adapt"]
+    return [*notes, *_notes_on_denoiser(found["adapt"], settings.denoise.group)]
+
+
+def _notes_on_denoiser(adapt: Mapping[str, Any], group: str | None) -> list[str]:
+    """What became of the denoiser, from the answer of the step that prepared it."""
+    notes = []
     adapted = adapt.get("training") or {}
     if adapt.get("lead"):
         whose = adapt["lead"]["movie"]
         notes.append(
-            f"the denoiser was adapted to {whose}, the first of the group {settings.denoise.group!r} (denoise.group)"
+            f"the denoiser was adapted to {whose}, the first of the group {group!r} (denoise.group)"
             if adapt.get("shared")
             else f"adapting to {whose}, the first of the group, gave no network of use; this movie has its own"
         )

@@ -85,7 +85,8 @@ def measured(tried: MoviePlan, frames: int, workers: int = 2) -> Measured:
 
 
 def test_a_forecast_is_the_sum_of_its_steps(long_movie: Path, quick: list[str], tmp_path: Path) -> None:
-    (movie,) = plans(long_movie, tmp_path / "out", quick, blocks__frames=2, denoise__steps=100, drift__lags=[1, 4])
+    trained = {"denoise.weights": "adapt", "denoise.steps": 100}
+    (movie,) = plans(long_movie, tmp_path / "out", quick, blocks__frames=2, drift__lags=[1, 4], **trained)
     ahead = forecast([movie], measured(movie, frames=20), workers=4)
     assert ahead.steps == {
         "ingest": (1, 4.0),  # twice the frames, still one shard
