@@ -190,10 +190,12 @@ class _Correlator:
         limited, outside of `within` (y, x), has lost its noise with its excess. What matters is the noise where the
         gradient is, weighted like the correlation.
         """
-        near = torch.nn.functional.avg_pool2d(
-            image[None, None], _LOCAL, stride=1, padding=_LOCAL // 2, count_include_pad=False
-        )[0, 0]
-        noise = self.window.square() * near.clamp(min=0)
+        near = image[None, None]
+        for kernel in ((_LOCAL, 1), (1, _LOCAL)):  # a mean over a square is one of means along its sides
+            near = torch.nn.functional.avg_pool2d(
+                near, kernel, stride=1, padding=(kernel[0] // 2, kernel[1] // 2), count_include_pad=False
+            )
+        noise = self.window.square() * near[0, 0].clamp(min=0)
         average = float(noise.double().mean())
         weighted = spectrum(image, self.window)[:, self.columns] * self.weight
         found = np.full(2, self.redundancy)
