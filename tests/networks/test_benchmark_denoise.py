@@ -33,9 +33,11 @@ def test_the_benchmark_runs_and_lists_every_rival(tmp_path):
         "1",
     ]
     command += ["--weights", str(tmp_path / "w.safetensors"), "--json", str(tmp_path / "figures.json")]
+    command += ["--figure", str(tmp_path / "pareto.png")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (tmp_path / "pareto.png").stat().st_size > 10_000
     assert set(figures) == {"nanoparticle 1", "wse2 1"}
     expected = {"noisy", "Gaussian", "low-pass", "3-frame mean", "5-frame mean", "9-frame mean", "Wiener", "WCVD"}
     expected |= {"9-frame mean + Wiener", "total variation", "non-local means", "ours, large, pretrained"}
