@@ -44,13 +44,12 @@ CONFIG = {
     # A numeric step holds the interpreter for long; that is no reason to declare the worker dead or to warn.
     "distributed.comm.timeouts.connect": "60s",
     "distributed.admin.tick.limit": "1h",
-    # What nobody looks at costs driver and workers a twentieth of a core: ticks fifty times a second, and counters of
-    # disks and networks. Memory is looked at no more often than it can grow.
+    # What nobody looks at costs driver and workers some per cent of a core: ticks fifty times a second, and counters of
+    # disks and networks.
     "distributed.admin.tick.interval": "10s",
     "distributed.admin.system-monitor.interval": "10s",
     "distributed.admin.system-monitor.disk": False,
     "distributed.admin.system-monitor.gil.enabled": False,
-    "distributed.worker.memory.monitor-interval": "250ms",
     "distributed.scheduler.work-stealing": False,
     "distributed.worker.profile.enabled": False,
     # What the scheduler remembers must not grow with the number of blocks.

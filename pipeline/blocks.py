@@ -212,7 +212,7 @@ def adapt(task: Task) -> Mapping[str, Any]:
     weights = task.part("adapt").with_suffix(".safetensors")
     with clock("adapt"):
         facts = prepare_denoiser(movie, weights, clock)
-    facts |= {} if task.lead is None else {"lead": dataclasses.asdict(task.lead)}
+    facts |= {} if task.lead is None else {"lead": {"movie": task.lead.movie, "fingerprint": task.lead.fingerprint}}
     write_part(task.part("adapt"), {}, {**facts, "fingerprint": dict(task.keys)["adapt"]})
     return record(clock, **{key: facts[key] for key in ("network", "weights", "sha256") if key in facts})
 

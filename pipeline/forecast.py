@@ -54,6 +54,9 @@ def forecast(left: Sequence[MoviePlan], found: Measured, workers: int) -> Foreca
         if step == "ingest":
             share = min(workers, sum(movie.todo(step) for movie in todo) or 1)
         seconds = sum(_seconds(step, movie, found) for movie in todo) / share
+        if step == "adapt":  # a training is one task; movies of a group wait for that of their first
+            trained = [movie.training_steps * found.training for movie in todo if movie.training_steps]
+            seconds += sum(trained) / max(1, min(workers, len(trained)))
         seconds += sum(found.steps[step].start for _ in todo) / movies
         steps[step] = (sum(movie.todo(step) for movie in todo), seconds)
     size, files = zip(*(_room(movie, found) for movie in left), strict=True)
@@ -85,7 +88,7 @@ def _seconds(step: str, movie: MoviePlan, found: Measured) -> float:
     if step == "adapt":
         looked, tried_looked = (min(CHECK_FRAMES, p.shape[0]) for p in (movie, tried))
         rest = max(0.0, took - tried.movie.settings.denoise.steps * found.training)
-        return rest * looked / tried_looked + movie.training_steps * found.training
+        return rest * looked / tried_looked
     if step == "collect":
         return took + len(TABLES) * max(0, blocks - found.steps["process"].blocks) * found.part
     return took * pixels
@@ -130,6 +133,8 @@ def notes(left: Sequence[MoviePlan], found: Measured) -> Iterator[str]:
     """What makes the forecast doubtful."""
     if found.training and any(m.todo("adapt") for m in left):
         yield "adaptation is counted with all of denoise.steps; it ends earlier where more do not help"
+    if any(m.led and m.todo("adapt") for m in left):
+        yield "movies of a group are counted with one training; where that is of no use to them, each has its own"
     if found.kept == "wiener" and found.training:
         yield (
             f"after {TRAINING_STEPS} training steps the Wiener filter was no worse than the network and replaced it; "

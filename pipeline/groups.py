@@ -33,9 +33,10 @@ class Groups:
     def lead_of(self, movie: str, stop: threading.Event) -> Lead | None:
         """Whose network a movie takes over, once earlier ones of its group were opened; None: it trains its own."""
         for earlier in self._earlier.get(movie, ()):
-            while not self._leads[earlier].done():
-                if stop.wait(POLL):
-                    raise Stopped
+            while not stop.is_set() and not self._leads[earlier].done():
+                stop.wait(POLL)
+            if stop.is_set():  # it may have ended because all end
+                raise Stopped
             if (lead := self._leads[earlier].result()) is not None:
                 return lead
         return None
@@ -57,6 +58,7 @@ class Groups:
 
     def wait_for(self, lead: Lead, stop: threading.Event) -> None:
         """Return once a lead's network is there, or never will be."""
-        while not self._adapted[lead.movie].is_set():
-            if stop.wait(POLL):
-                raise Stopped
+        while not stop.is_set() and not self._adapted[lead.movie].is_set():
+            stop.wait(POLL)
+        if stop.is_set():
+            raise Stopped

@@ -41,12 +41,12 @@ class Silent:
 
 @dataclass(frozen=True)
 class PlannedMovie:
-    """A movie of a job: its name, its files, its settings, and the first one of its group, if that is another."""
+    """A movie of a job: its name, its files, its settings, and those of its group."""
 
     name: str
     files: MovieFiles
     settings: Settings
-    lead: PlannedMovie | None = None
+    group: tuple[PlannedMovie, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,27 @@ def movies_of(job: Job) -> tuple[list[PlannedMovie], list[tuple[Path, str]]]:
                 f"two movies are called {movie.name!r}: {movie.files.paths[0]} and {twins[0].files.paths[0]}; "
                 "give one a name with `name:` in the job file, or run them into two folders"
             )
-    return _led(found), ignored
+    return _grouped(found), ignored
 
 
-def _led(movies: Sequence[PlannedMovie]) -> list[PlannedMovie]:
-    """Movies that name the first of their group; which may change when that one cannot be read."""
-    first: dict[str, PlannedMovie] = {}
+def _grouped(movies: Sequence[PlannedMovie]) -> list[PlannedMovie]:
+    """Movies that know their group, in the order of the job; those that would share a network must ask for the same."""
+    groups: dict[str, list[PlannedMovie]] = {}
     for movie in movies:
-        first.setdefault(movie.settings.denoise.group or "", movie)
-    leads = [first[movie.settings.denoise.group or ""] if movie.settings.denoise.group else movie for movie in movies]
-    return [movie if lead is movie else replace(movie, lead=lead) for movie, lead in zip(movies, leads, strict=True)]
+        if (name := movie.settings.denoise.group) is not None:
+            groups.setdefault(name, []).append(movie)
+    for name, members in groups.items():
+        first, asked = members[0].name, members[0].settings.denoise.model_dump()
+        for other in members:
+            given = other.settings.denoise.model_dump()
+            if differing := [key for key in asked if asked[key] != given[key]]:
+                told = ", ".join(f"denoise.{key} {given[key]!r} instead of {asked[key]!r}" for key in differing)
+                raise SettingsError(
+                    f"{other.name} is of group {name!r} as {first} is, with {told}; movies that share a network need "
+                    "the same settings of denoise"
+                )
+    members_of = {name: tuple(members) for name, members in groups.items()}
+    return [replace(movie, group=members_of.get(movie.settings.denoise.group or "", ())) for movie in movies]
 
 
 def overrides_of(settings: Settings) -> SourceOverrides:

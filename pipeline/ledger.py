@@ -216,7 +216,7 @@ class Ledger:
     _flushed: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self._number = 0
+        self._number, self.quarantined = 0, False  # the latter: what became of the movie last
         for record in read_records(self.folder):
             self._remember(record)
         for file in self.folder.glob("*.jsonl"):
@@ -231,6 +231,8 @@ class Ledger:
         elif record["kind"] == "redo":
             for key in [key for key in self._known if key[0] in record["steps"]]:
                 del self._known[key]
+        elif record["kind"] == "movie":
+            self.quarantined = record["status"] == "quarantined"
         elif record["kind"] == "deps":
             self._deps[record["step"]] = (record["fingerprint"], record["deps"])
 

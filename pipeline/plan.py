@@ -122,6 +122,7 @@ def dependencies(
     found: dict[str, dict[str, Any]] = {}
     for step, (version, before, sections) in STEPS.items():
         mine = {k: v for k, v in flat.items() if any(k == s or k.startswith(s + ".") for s in sections)}
+        mine.pop("denoise.group", None)  # a name; what is taken over is `lead`
         inherited = found[before] if before else {"source.content": content}
         weights = {f"{name}.weights": loaded[name] for name in WEIGHTS.get(step, ()) if name in loaded}
         stated = {f"stack.{name}": facts[name] for name in CALIBRATION.get(step, ()) if name in facts}

@@ -31,6 +31,7 @@ from pipeline.ingest.to_stack import (
 from pipeline.job import PlannedMovie, Progress, movies_of, overrides_of
 from pipeline.layout import stack_layout
 from pipeline.ledger import Lease, Ledger
+from pipeline.models import TRAINED_HERE
 from pipeline.networks.adapt import CHECK_FRAMES, CHECKS, SYMMETRIES
 from pipeline.networks.weights import denoiser_of, load_weights
 from pipeline.steps import denoise, segment
@@ -122,13 +123,15 @@ class MoviePlan:
     ingest: str
     lines: tuple[plan.StepPlan, ...]
     collected: bool
+    led: bool = False
 
     @property
     def training_steps(self) -> int:
         """Most steps of the adaptation; none where a network is used as it is, or taken over from another movie."""
         options = self.movie.settings.denoise
-        trains = options.network != "none" and options.weights in ("adapt", "scratch") and self.movie.lead is None
-        return options.steps if trains else 0
+        trained = TRAINED_HERE if options.network == "wcvd" else ("adapt", "scratch")
+        trains = options.network != "none" and options.weights in trained
+        return options.steps if trains and not self.led else 0
 
     @property
     def shard_frames(self) -> int:
@@ -170,18 +173,23 @@ def plan_of(job: Job, movie: PlannedMovie) -> MoviePlan:
     planes = int(facts.get("planes", 1))
     size, halo = plan.block_frames(settings, shape), plan.denoiser_halo(settings)
     ledger = Ledger(job.output / "ledger" / movie.name)
-    deps = plan.dependencies(settings, content, facts, lead=_lead_of(job, movie))
+    lead = _lead_of(job, movie)
+    deps = plan.dependencies(settings, content, facts, lead=lead)
     lines = plan.plan_movie(ledger, job.output / "parts" / movie.name, frames=shape[0], size=size, deps=deps)
     collected = ledger.is_done("collect", 0, shape[0], plan.fingerprints(deps)["collect"])
-    return MoviePlan(movie, shape, itemsize, planes, size, halo, why, tuple(lines), collected)
+    return MoviePlan(movie, shape, itemsize, planes, size, halo, why, tuple(lines), collected, led=bool(lead))
 
 
 def _lead_of(job: Job, movie: PlannedMovie) -> str:
-    """Fingerprint of the adaptation that a movie takes over from the first of its group; empty: it has its own."""
-    if movie.lead is None:
-        return ""
-    _, _, content, facts, _ = _stack_facts(job, movie.lead)
-    return plan.fingerprints(plan.dependencies(movie.lead.settings, content, facts))["adapt"]
+    """Fingerprint of the adaptation that a movie takes over: of the first of its group that was not quarantined."""
+    for earlier in movie.group:
+        if earlier.name == movie.name:
+            break
+        if Ledger(job.output / "ledger" / earlier.name).quarantined:
+            continue
+        _, _, content, facts, _ = _stack_facts(job, earlier)
+        return plan.fingerprints(plan.dependencies(earlier.settings, content, facts))["adapt"]
+    return ""
 
 
 def _print_movie(found: MoviePlan, out: Console, workers: int, rates: dict[str, float]) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,12 @@ def prepare_denoiser(movie: Movie, target: Path, clock: Clock) -> dict[str, Any]
     lead = _network_of_lead(movie)
     network, steps = _start(options) if lead is None else (load_weights(str(lead)).module, 0)
     calibrated = movie.model is not None and movie.model.calibrated
-    chosen = blinded(network, sample, wanted=options.blind, steps=steps, calibrated=calibrated)
+    fitted = partial(blinded, sample=sample, wanted=options.blind, calibrated=calibrated)
+    chosen = fitted(network, steps=steps)
+    if lead is not None and options.blind == "auto" and chosen.correlated and chosen.blind == "pixels":
+        # A network that was not taught to see nothing of the frame would keep this movie's noise.
+        lead, (network, steps) = None, _start(options)
+        chosen = fitted(network, steps=steps)
     adapted = adapt.adapt(
         chosen.network.to(movie.task.device), sample, steps=steps, crop=options.crop, batch=options.batch,
         learning_rate=options.learning_rate, seed=options.seed, dtype=options.dtype,
@@ -55,7 +61,7 @@ def prepare_denoiser(movie: Movie, target: Path, clock: Clock) -> dict[str, Any]
     name = architecture_of(adapted.network)
     known = chosen.correlation if np.isfinite(chosen.correlation) else None
     noise = {"noise_correlation": known, "correlated": chosen.correlated, "blind": chosen.blind}
-    taken = {} if lead is None else {"shared": True}
+    taken = {"shared": True} if lead is not None and adapted.record["kept"] != "wiener" else {}
     return {"network": name, "weights": "own", "sha256": sha256, "training": adapted.record, **noise, **taken}
 
 
@@ -65,7 +71,7 @@ def _network_of_lead(movie: Movie) -> Path | None:
         return None
     part = Path(movie.task.lead.part)
     found = read_meta(part) or {}
-    useful = found.get("weights") == "own" and found.get("training", {}).get("kept") != "wiener"
+    useful = found.get("weights") == "own" and found.get("training", {}).get("kept") == "adapted"
     return part.with_suffix(".safetensors") if useful else None
 
 

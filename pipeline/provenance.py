@@ -110,7 +110,7 @@ def _notes_on_denoiser(adapt: Mapping[str, Any], group: str | None) -> list[str]
         notes.append(
             f"the denoiser was adapted to {whose}, the first of the group {group!r} (denoise.group)"
             if adapt.get("shared")
-            else f"adapting to {whose}, the first of the group, gave no network of use; this movie has its own"
+            else f"the network of {whose}, the first of the group, was of no use; this movie has a denoiser of its own"
         )
     if adapt.get("blind") == "frame":
         notes.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import threading
 import time
@@ -107,8 +108,8 @@ def run_movie(engine: Engine, movie: PlannedMovie, redo: str | None = None, grou
         ledger.add("movie", status="quarantined", reason=str(error))
         return Outcome(movie.name, "quarantined", path, reason=str(error))
     finally:
-        groups.left(movie.name)
         ledger.flush()
+        groups.left(movie.name)
 
 
 def ingest(engine: Engine, movie: PlannedMovie) -> store.Stack:
@@ -162,9 +163,10 @@ class Story:
         self.path = engine.output / f"{movie.name}.zarr"
         self.parts = engine.output / "parts" / movie.name
         facts = calibration_of(movie.settings, stack)
+        content = str(stack.attributes["content_hash"])
+        self._depends = functools.partial(plan.dependencies, movie.settings, content, facts)
         self.lead = groups.lead_of(movie.name, engine.stop)
-        content, lead = str(stack.attributes["content_hash"]), self.lead.fingerprint if self.lead else ""
-        self.deps = plan.dependencies(movie.settings, content, facts, lead=lead)
+        self.deps = self._depends(lead=self.lead.fingerprint if self.lead else "")
         self.keys = plan.fingerprints(self.deps)
         self.weights = models.hashes(movie.settings)
         self.task = Task(
@@ -178,10 +180,7 @@ class Story:
         groups.opened(movie.name, leads)
         if redo is not None:
             self._forget(plan.from_step(redo))
-        totals = {step: sum(1 for _ in plan.step_blocks(step, stack.shape[0], size)) for step in TASKS}
-        ledger.add("plan", blocks=totals, fingerprints=self.keys)
-        for step in TASKS:
-            self._note_dependencies(step)
+        self._note_plan()
         store.create_run(self.path, self.attributes("running"))
 
     def _require_plane(self) -> None:
@@ -198,10 +197,14 @@ class Story:
             for part in self.parts.glob(f"{step}-*"):
                 part.unlink()
 
-    def _note_dependencies(self, step: str) -> None:
-        last = self.ledger.last_deps(step)
-        if last is None or last[0] != self.keys[step]:
-            self.ledger.add("deps", step=step, fingerprint=self.keys[step], deps=self.deps[step])
+    def _note_plan(self) -> None:
+        frames, size = self.stack.shape[0], self.settings.blocks.frames or 1
+        totals = {step: sum(1 for _ in plan.step_blocks(step, frames, size)) for step in TASKS}
+        self.ledger.add("plan", blocks=totals, fingerprints=self.keys)
+        for step in TASKS:
+            last = self.ledger.last_deps(step)
+            if last is None or last[0] != self.keys[step]:
+                self.ledger.add("deps", step=step, fingerprint=self.keys[step], deps=self.deps[step])
 
     # ------------------------------------------------------------------------------------------------- the steps
 
@@ -215,9 +218,19 @@ class Story:
         self.step("drift")
         if self.lead is not None:
             self.groups.wait_for(self.lead, self.engine.stop)
+            if read_meta(Path(self.lead.part)) is None:
+                self._go_alone()
         self.step("adapt")
         self.groups.adapted(self.movie.name)
         self.step("vote")
+
+    def _go_alone(self) -> None:
+        """Forget the lead, which failed: no answer of this movie may claim to be its network."""
+        self.lead, self.deps = None, self._depends()
+        self.keys = plan.fingerprints(self.deps)
+        self.task = dataclasses.replace(self.task, keys=tuple(self.keys.items()), lead=None)
+        self._note_plan()
+        store.update_run(self.path, self.attributes("running"))
 
     def process(self) -> None:
         """Every pixel once."""

@@ -126,7 +126,7 @@ class Denoise(Section):
         "adapt",
         description="pretrained | adapt (to each movie, from pretrained) | scratch | path of a safetensors file",
     )
-    group: str | None = Field(
+    group: Annotated[str, Field(min_length=1)] | None = Field(
         None,
         description="name of movies taken under equal conditions: they share the network adapted to the first of them "
         "in the job; none: each movie has its own",
@@ -151,10 +151,10 @@ class Denoise(Section):
 
     @model_validator(mode="after")
     def _trained(self) -> Denoise:
-        if self.group is not None and (self.network == "none" or self.weights not in ("adapt", "scratch")):
+        if self.group is not None and (self.network != "blindspot" or self.weights not in ("adapt", "scratch")):
             raise ValueError(
-                f"group is {self.group!r}, but with network {self.network} and weights {self.weights} nothing is "
-                "trained that movies could share; leave it out, or set weights to adapt"
+                f"group is {self.group!r}, but network {self.network} with weights {self.weights} trains nothing that "
+                "movies could share; leave it out, or set network to blindspot and weights to adapt"
             )
         return self
 

@@ -8,15 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from scipy.ndimage import gaussian_filter
 
-from pipeline import store
+from pipeline import store, story
 from pipeline.groups import Groups
 from pipeline.job import movies_of
-from pipeline.movie import Lead
+from pipeline.movie import Lead, Task
 from pipeline.parts import read_meta
+from pipeline.patience import Stopped
 from pipeline.preflight import plan_of
 from pipeline.verify import verify
-from schemas.errors import SettingsError
+from schemas.errors import SchemaError, SettingsError
 from tests import e2e_tools as tools
 
 TRAINED = {"denoise.weights": "adapt", "denoise.tier": "small", "denoise.steps": 30, "denoise.group": "night"}
@@ -94,6 +96,8 @@ def test_the_next_one_leads_where_the_first_cannot_be_read(movies, tmp_path):
     assert [one.status for one in outcomes] == ["quarantined", "complete", "complete"]
     assert "lead" not in adaptation(tmp_path / "out", "movie0")[0]
     assert adaptation(tmp_path / "out", "movie1")[0]["lead"]["movie"] == "movie0"
+    job = tools.job([broken, *movies[:2]], tmp_path / "out", **TRAINED)
+    assert [plan_of(job, movie).done for movie in movies_of(job)[0][1:]] == [True, True]
 
 
 def test_a_first_movie_of_mere_noise_leads_nobody(movies, tmp_path):
@@ -104,7 +108,50 @@ def test_a_first_movie_of_mere_noise_leads_nobody(movies, tmp_path):
     meta, _ = adaptation(tmp_path / "out", "movie0")
     assert "shared" not in meta and meta["training"]["steps"] == 30
     (note,) = (note for note in store.attributes_of(tmp_path / "out" / "movie0.zarr")["notes"] if "noise" in note)
-    assert "gave no network of use; this movie has its own" in note
+    assert "was of no use; this movie has a denoiser of its own" in note
+
+
+def test_a_first_movie_that_fails_later_leads_nobody_and_its_return_is_noticed(movies, tmp_path, monkeypatch):
+    solve = story.TASKS["drift"]
+
+    def fails(task: Task) -> object:
+        if task.run.endswith("movie0.zarr"):
+            raise SchemaError("the part is damaged")
+        return solve(task)
+
+    monkeypatch.setitem(story.TASKS, "drift", fails)
+    outcomes = tools.run_job(movies[:2], tmp_path, **TRAINED)
+    assert [one.status for one in outcomes] == ["quarantined", "complete"]
+    alone = adaptation(tmp_path, "movie1")[0]
+    assert "lead" not in alone and alone["training"]["steps"] == 30
+    assert verify(tmp_path / "movie1.zarr", count=1, seed=0).problems == ()
+    monkeypatch.undo()
+    tools.run_job(movies[:2], tmp_path, **TRAINED)
+    said = store.attributes_of(tmp_path / "movie1.zarr")
+    assert said["models"]["denoise"]["lead"]["movie"] == "movie0" and said["models"]["denoise"]["shared"]
+
+
+def test_a_movie_whose_noise_is_correlated_is_not_shown_its_pixels_by_a_lead_of_white_noise(movies, tmp_path):
+    counts, _ = tools.lattice((96, 96), frames=8, seed=0, dose=10.0)
+    blurred = np.round(gaussian_filter(counts.astype(float), (0, 0.7, 0.7)) * 20).astype(np.uint16)
+    other = tools.write_movie(tmp_path / "blurred.tif", blurred)
+    first = {"source": str(movies[0]), "set": {"source.counts_per_electron": 1}}
+    second = {"source": str(other), "set": {"source.counts_per_electron": 20}}
+    tools.run_job([first, second], tmp_path / "out", **TRAINED)
+    meta, _ = adaptation(tmp_path / "out", "blurred")
+    assert adaptation(tmp_path / "out", "movie0")[0]["blind"] == "pixels"
+    assert meta["blind"] == "frame" and meta["training"]["steps"] == 30 and "shared" not in meta
+
+
+def test_movies_that_ask_for_different_networks_are_no_group(movies, tmp_path):
+    other = {"source": str(movies[1]), "set": {"denoise.tier": "large"}}
+    with pytest.raises(SettingsError, match=r"movie1 is of group 'night' .* denoise.tier 'large' instead of 'small'"):
+        movies_of(tools.job([str(movies[0]), other], tmp_path, **TRAINED))
+
+
+def test_the_name_of_a_group_is_no_reason_to_compute_again(shared, movies):
+    job = tools.job(movies, shared, **TRAINED | {"denoise.group": "other"})
+    assert all(plan_of(job, movie).done for movie in movies_of(job)[0])
 
 
 def test_nobody_waits_for_a_movie_that_has_ended(movies, tmp_path):
@@ -116,8 +163,13 @@ def test_nobody_waits_for_a_movie_that_has_ended(movies, tmp_path):
     assert groups.lead_of("movie2", stop) == lead
     groups.left("movie1")
     groups.wait_for(lead, stop)
+    stop.set()  # what has ended may have ended because all must
+    for wait in (lambda: groups.lead_of("movie2", stop), lambda: groups.wait_for(lead, stop)):
+        with pytest.raises(Stopped):
+            wait()
 
 
-def test_a_group_without_training_is_refused():
-    with pytest.raises(SettingsError, match=r"group is 'night', but .* weights pretrained nothing is trained"):
-        tools.job("movie.tif", Path("out"), **TRAINED | {"denoise.weights": "pretrained"})
+@pytest.mark.parametrize("change", [{"denoise.weights": "pretrained"}, {"denoise.network": "wcvd"}])
+def test_a_group_without_training_to_share_is_refused(change):
+    with pytest.raises(SettingsError, match=r"group is 'night', but network .* trains nothing that movies could share"):
+        tools.job("movie.tif", Path("out"), **TRAINED | change)

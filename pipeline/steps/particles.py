@@ -108,9 +108,9 @@ def _parted(inside: NDArray[np.bool_], min_area: float, neck: float) -> NDArray[
 
 
 def _share(parts: NDArray[np.int32], part: int, relief: NDArray[np.floating]) -> None:
-    """Give the pixels of a part to those around it, in place, as if it had never had a marker.
+    """Give the pixels of a part to those around it, in place, as a flood of the relief from their rims would.
 
-    The others keep what they have: from where they are, they reach no pixel sooner than they did from their markers.
+    The others keep what they have. That is what a watershed without the part's marker gives, up to ties.
     """
     box = tuple(
         slice(max(cut.start - 1, 0), cut.stop + 1) for cut in ndimage.find_objects(parts, max_label=part)[part - 1]

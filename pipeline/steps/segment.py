@@ -197,6 +197,7 @@ def _logits(network: nn.Module, prepared: Tensor, window: int | None, halo: int 
             halo=radius if halo is None else halo,
             receptive_radius=radius,
             batch=batch,
+            alignment=int(getattr(network, "alignment", 1)),
         )
 
 

@@ -19,6 +19,7 @@ def blend(
     halo: int,
     receptive_radius: int,
     batch: int,
+    alignment: int = 1,
 ) -> Tensor:
     """Output (c_out, y, x) of `function` on image (c, y, x), computed in windows of edges up to `window` [px].
 
@@ -26,19 +27,20 @@ def blend(
     side, once; a window is a core and a halo per side. As few windows as need be, of equal size, cover each axis. In
     each window the border of `receptive_radius`, which depends on where the window was cut, is trimmed *before* what is
     left is weighted by a Hamming window and added up. So every window size gives the same answer up to rounding.
-    `window` None computes the image in one piece. The last batch is padded, so that all batches have one shape. Raises
-    SettingsError where sizes do not fit.
+    `window` None computes the image in one piece. The last batch is padded, so that all batches have one shape. What
+    `function` says of a pixel may depend on where that lies among blocks of `alignment` pixels. Raises SettingsError
+    where sizes do not fit.
     """
     _check(window, halo, receptive_radius)
     height, width = image.shape[-2:]
-    core_y, core_x = (_core(size, window, halo) for size in (height, width))
+    core_y, core_x = (_core(size, window, halo, alignment) for size in (height, width))
     if (core_y, core_x) == (height, width):
         rows, cols = (reflected(-halo, n + halo, n, device=image.device) for n in (height, width))
         padded = image.index_select(-2, rows).index_select(-1, cols)
         return function(padded[None])[0, :, halo : halo + height, halo : halo + width].clone()
     total = torch.empty(0)
     weights = image.new_zeros(height, width)
-    places = [(y, x) for y in _starts(height, core_y, halo) for x in _starts(width, core_x, halo)]
+    places = [(y, x) for y in _starts(height, core_y, halo, alignment) for x in _starts(width, core_x, halo, alignment)]
     edges = core_y + 2 * halo, core_x + 2 * halo
     for first in range(0, len(places), batch):
         group = places[first : first + batch]
@@ -70,15 +72,18 @@ def reflected(start: int, stop: int, size: int, *, device: torch.device | None =
     return torch.minimum(index, period - index) if size > 1 else torch.zeros_like(index)
 
 
-def _core(size: int, window: int | None, halo: int) -> int:
+def _core(size: int, window: int | None, halo: int, alignment: int = 1) -> int:
     """Core of each window along an axis: with the fewest windows, so small that they hardly overlap."""
-    most = size if window is None else min(size, window - 2 * halo)
-    return math.ceil(size / math.ceil(size / most))
+    most = size if window is None else window - 2 * halo
+    if most >= size:
+        return size
+    most = max(most // alignment, 1) * alignment
+    return math.ceil(size / math.ceil(size / most) / alignment) * alignment
 
 
-def _starts(size: int, core: int, halo: int) -> Iterator[int]:
-    """First pixel of each window along an axis; cores tile the axis, the last window ends with the halo."""
-    last = max(size - core, 0) - halo
+def _starts(size: int, core: int, halo: int, alignment: int = 1) -> Iterator[int]:
+    """First pixel of each window along an axis; cores tile the axis, the last window ends with or behind the halo."""
+    last = math.ceil(max(size - core, 0) / alignment) * alignment - halo
     yield from range(-halo, last, core)
     yield last
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.networks.msdnet import MSDNet
+from pipeline.networks.unet import UNet
 from pipeline.steps import windows
 from schemas.errors import SettingsError
 
@@ -126,6 +127,22 @@ def test_windows_are_as_few_as_can_be_and_overlap_by_less_than_a_pixel_each(size
     core = windows._core(size, most + 2 * halo, halo)
     count = len(list(windows._starts(size, core, halo)))
     assert core <= most and count == -(-size // most) and core * count < size + count
+
+
+@pytest.mark.parametrize("window", [92, 100, 121, 150])
+def test_windows_begin_where_blocks_of_a_unet_begin(window):
+    torch.manual_seed(0)
+    unet = UNet(inputs=1, outputs=1, features=(4, 8, 8)).eval()
+    radius, alignment = unet.receptive_radius, unet.alignment
+    with torch.no_grad():
+        whole, cut = (
+            windows.blend(
+                unet, image_of(137, 210), window=edge, halo=radius + -radius % alignment, receptive_radius=radius,
+                batch=1, alignment=alignment,
+            )
+            for edge in (None, window)
+        )  # fmt: skip
+    assert torch.allclose(cut, whole, atol=1e-5)
 
 
 def test_sizes_that_do_not_fit_are_refused(network):
