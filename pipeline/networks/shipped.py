@@ -14,9 +14,11 @@ from schemas.errors import SettingsError
 
 Report = Callable[[str], None]
 
-DENOISE = pretrain.PretrainSettings(
+_SMALL = pretrain.PretrainSettings(
     steps=10_000, simulated=120, phantoms=400, crop=96, batch=8, learning_rate=3e-3, seed=1
 )
+DENOISE = {"small": _SMALL, "medium": _SMALL, "large": _SMALL._replace(steps=25_000, simulated=200, phantoms=800)}
+"""What each tier of the denoiser is trained with: a large network gains by more of it."""
 COLUMNS = train_columns.ColumnTraining()
 
 
@@ -30,7 +32,8 @@ def train(what: str, output: Path | None, *, steps: int | None, report: Report) 
     tiers = {denoiser_of(tier): tier for tier in TIERS}
     if what not in tiers:
         raise SettingsError(f"{what!r} cannot be trained; expected columns or one of {', '.join(tiers)}")
-    return train_denoise(path, DENOISE._replace(steps=steps or DENOISE.steps), tier=tiers[what], report=report)
+    settings = DENOISE[tiers[what]]
+    return train_denoise(path, settings._replace(steps=steps or settings.steps), tier=tiers[what], report=report)
 
 
 def train_denoise(path: Path, settings: pretrain.PretrainSettings, *, tier: str, report: Report) -> str:
