@@ -21,12 +21,9 @@ class Groups:
 
     def __init__(self, movies: Sequence[PlannedMovie] = ()) -> None:
         self._earlier: dict[str, list[str]] = {}
-        members: dict[str, list[str]] = {}
         for movie in movies:
-            if (group := movie.settings.denoise.group) is not None:
-                known = members.setdefault(group, [])
-                self._earlier[movie.name] = list(known)
-                known.append(movie.name)
+            if names := [member.name for member in movie.group]:
+                self._earlier[movie.name] = names[: names.index(movie.name)]
         self._leads: dict[str, Future[Lead | None]] = {name: Future() for name in self._earlier}
         self._adapted = {name: threading.Event() for name in self._earlier}
 
