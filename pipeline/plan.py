@@ -33,7 +33,7 @@ STEPS: Mapping[str, tuple[int, str | None, tuple[str, ...]]] = {
         f"drift.{name}" for name in ("correct", "band", "taper", "change", "limit")))),
     "survey": (3, "calibrate", ("drift.lags", "drift.candidates", "drift.max_shift", "drift.defocus_shift")),
     "drift": (2, "survey", ("drift.max_motion", "drift.cauchy")),
-    "adapt": (5, "drift", ("denoise",)),
+    "adapt": (6, "drift", ("denoise",)),
     "vote": (1, "adapt", ("segment.model", "segment.contrast", "source.mode", "lowpass")),
     "process": (6, "vote", (
         "segment", "columns", "particles", "fourier.band", "fourier.significance", "species", "images.save")),
@@ -209,6 +209,7 @@ def _reason(ledger: Ledger, step: str, deps: Mapping[str, Any], key: str, total:
 BASE_MEMORY = 0.7e9  # bytes of a worker that has imported torch, zarr and dask and loaded both networks
 SAMPLE_PIXELS = 2**26  # most pixels of a sample of frames: what keeps it in memory whatever the frame size
 REGION_BYTES = 64  # per pixel of a frame whose particles are labelled and measured
+MOVED_BYTES = 6  # per pixel and neighbour of a frame whose neighbours are moved in parts: value, validity, their sum
 SPECTRUM_BYTES = 72  # per pixel of what is Fourier transformed: the box of a particle, or the middle of a frame
 FITTING_MEMORY = 0.25e9  # bytes that the fit of the noise takes at most beside its frames
 
@@ -229,10 +230,11 @@ def predict_memory(
     """Peak memory of the largest task [bytes], from shapes alone.
 
     A process task holds size + 2·halo frames as counts and as electrons, size denoised frames, probabilities and labels
-    to keep, and one after the other the activations of one tile or window of a network, what measuring the particles
-    and the spectrum of one frame takes, and the planes of one frame of a focal series; a survey task holds size + max
-    lag frames and their spectra; calibration a sample of frames as counts, corrected and in electrons; an ingest task a
-    shard as read, as cut and as compressed. Checked against measured peaks of 256² to 2048² pixels.
+    to keep, the neighbours of one frame moved onto it, and one after the other the activations of one tile or window of
+    a network, what measuring the particles and the spectrum of one frame takes, and the planes of one frame of a focal
+    series; a survey task holds size + max lag frames and their spectra; calibration a sample of frames as counts,
+    corrected and in electrons; an ingest task a shard as read, as cut and as compressed. Checked against measured peaks
+    of 256² to 2048² pixels.
     """
     pixels = shape[1] * shape[2]
     with_halo = min(shape[0], size + 2 * halo)
@@ -247,7 +249,8 @@ def predict_memory(
     series = planes * pixels * (itemsize + 24) + pixels * 64 if planes > 1 else 0
     spectrum = pixels if settings.particles.model is not None else min(pixels, SPECTRUM_EDGE**2)
     regions = pixels * REGION_BYTES if settings.particles.model is not None else 0
-    process = held + max(activations, regions, spectrum * SPECTRUM_BYTES, series)
+    moved = pixels * MOVED_BYTES * (2 * halo + 1) if settings.denoise.motion else 0
+    process = held + moved + max(activations, regions, spectrum * SPECTRUM_BYTES, series)
     pairs = min(shape[0], size + max(settings.drift.lags))
     survey = pixels * (pairs * (itemsize + 4 + 8) + 12 * 8) + series
     sample = min(shape[0] * pixels, settings.detector.sample_frames * pixels, max(SAMPLE_PIXELS, 8 * pixels))

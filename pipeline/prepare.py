@@ -103,6 +103,7 @@ def _sample(movie: Movie, clock: Clock) -> Sample:
         with clock("read"):
             counts = movie.counts(int(index), int(index) + 1)
         frames[row] = movie.electrons(counts)[0, top : top + plan.height, left : left + plan.width]
-    return training_sample(
+    sample = training_sample(
         frames, plan=plan, whole_px_drift=drift.whole_path(movie.drift_px), good=movie.good, level=movie.level
     )
+    return sample._replace(moving=options.motion)

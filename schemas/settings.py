@@ -136,6 +136,9 @@ class Denoise(Section):
         description="what blindspot may not see of the frame that it estimates: its own 2 x 2 pixels, or all of it, as "
         "noise needs that is correlated between pixels; auto: by the noise measured",
     )
+    motion: bool = Field(
+        True, description="blindspot: follow parts of the view that move on their own between neighbouring frames"
+    )
     steps: Count = Field(3000, description="most training steps of adapt and scratch, which end where more do not help")
     seed: int = Field(0, description="seed of the training")
     sample_frames: Count = Field(64, description="frames of the movie that adaptation may read")

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.networks.adapt_sample import Batches, Sample, held_out, turned, turned_back
+from pipeline.networks.adapt_sample import Batches, Sample, Seen, held_out, seen, turned, turned_back
 from pipeline.networks.blindspot import CONTEXT_RADIUS, BlindSpot, scale_of
 from pipeline.networks.weights import build
 from pipeline.networks.wiener import NeighbourWiener, wiener_kernel
@@ -23,11 +23,11 @@ from pipeline.steps.denoise import (
     DType,
     FrameLinks,
     Level,
-    frame_context,
-    neighbour_stack,
+    compared,
     one_thread,
     reduced_precision,
 )
+from pipeline.steps.motion import learnt_spread
 
 CHECK_FRAMES = 32
 # Looks at the running mean over about MEMORY steps in a training, and how many in a row may be no better.
@@ -37,6 +37,8 @@ SURE = 2.0
 # The last part of the steps, in which a network is trained on its own estimates.
 LAST_SHARE = 1 / 3
 SYMMETRIES = 8  # of the square, over which these are averaged
+# Frames on which it is learnt how far parts of them move.
+MOTION_FRAMES = 8
 # Part of the movie's mean variance below which no pixel's variance is believed to lie.
 DIMMEST = 0.1
 
@@ -85,21 +87,19 @@ def adapt(
     network = with_context(network, sample)
     device = next(network.parameters()).device
     held = held_out(sample, seed=seed)
-    risk = partial(_risks, sample=sample, held=held, dtype=dtype)
     with one_thread():
+        told = seen(network, sample)
+        risk = partial(_risks, sample=sample, held=held, told=told, dtype=dtype)
         before = risk(network)
         best = _Best(network, before, 0)
         if steps and sample.links.good.any():
-            draws = partial(Batches, sample, held, _contexts(network, sample), crop=crop, batch=batch)
+            draws = partial(Batches, sample, held, seen=told, crop=crop, batch=batch)
             train = partial(_train, risk=risk, learning_rate=learning_rate, dtype=dtype)
             best = _in_two_parts(network, draws, train, steps=steps, seed=seed, dtype=dtype)
         after = best.risks
         plain = _wiener(network)
         filtered = np.full_like(before, np.nan) if plain is None else risk(plain)
-    gained = _mean(after) < _mean(before) or not np.isfinite(_mean(before))
-    kept = "adapted" if best.step and np.isfinite(_mean(after)) and gained else "initial"
-    if _no_worse(filtered, after if kept == "adapted" else before):
-        kept = "wiener"
+    kept = _which(before, after if best.step else np.full_like(before, np.nan), filtered)
     chosen = {"adapted": best.network, "initial": network, "wiener": plain}[kept]
     record = {
         "initial_risk": _mean(before),
@@ -111,16 +111,24 @@ def adapt(
         "seconds": time.perf_counter() - begin,
         "step_seconds": best.pace,
         "sample_frames": len(sample.frames),
+        "motion": list(cast(DenoisingNetwork, network).motion),
         "device": str(device),
     }
     return Adapted(copy.deepcopy(cast(nn.Module, chosen)).eval(), record)
+
+
+def _which(initial: NDArray[np.float64], adapted: NDArray[np.float64], wiener: NDArray[np.float64]) -> str:
+    """What to keep, by the risks of the three, frame by frame; not finite: there is none."""
+    gained = _mean(adapted) < _mean(initial) or not np.isfinite(_mean(initial))
+    kept, risks = ("adapted", adapted) if np.isfinite(_mean(adapted)) and gained else ("initial", initial)
+    return "wiener" if _no_worse(wiener, risks) else kept
 
 
 def _wiener(network: nn.Module) -> NeighbourWiener | None:
     """The Wiener filter over the neighbours that a BlindSpot with context looks at; None for other networks."""
     if not isinstance(network, BlindSpot) or not network.context_radius:
         return None
-    plain = NeighbourWiener(frames=len(network.offsets), context=network.context_radius)
+    plain = NeighbourWiener(frames=len(network.offsets), context=network.context_radius, motion=network.motion)
     plain.kernel.copy_(network.kernel)
     return plain.to(network.kernel.device)
 
@@ -130,43 +138,40 @@ def _offsets(network: nn.Module) -> tuple[int, ...]:
 
 
 def with_context(network: nn.Module, sample: Sample) -> nn.Module:
-    """A copy of `network` with the filter of its neighbours, if it uses one, measured on the sample.
+    """A copy of `network` with the filter of its neighbours, if it uses one, and their `motion`, both of the sample.
 
     A BlindSpot that was not trained with filtered neighbours is given them too; it estimates as before.
     """
     if not isinstance(network, BlindSpot) or len(network.offsets) == 1:
         return copy.deepcopy(network)
-    grown = cast(BlindSpot, build("blindspot", {**network.config, "context": network.context_radius or CONTEXT_RADIUS}))
+    reach, frames = network.context_radius or CONTEXT_RADIUS, len(network.offsets)
+    kernel = wiener_kernel(sample.frames, sample.links.good, sample.level, neighbours=frames - 1, reach=reach)
+    plain = NeighbourWiener(frames=frames, context=reach)
+    plain.kernel.copy_(kernel)
+    spread = spread_of_motion(plain, sample) if sample.moving else ()
+    grown = cast(BlindSpot, build("blindspot", {**network.config, "context": reach, "motion": spread}))
     device = next(network.parameters()).device
     fresh = {name: value for name, value in grown.state_dict().items() if name in ("early.weight", "skip")}
-    kernel = wiener_kernel(
-        sample.frames, sample.links.good, sample.level, neighbours=len(network.offsets) - 1, reach=grown.context_radius
-    )
     grown.load_state_dict({**fresh, **network.state_dict(), "kernel": kernel})
     return grown.to(device)
 
 
-def bound(network: nn.Module, frames: NDArray[np.float32], *, links: FrameLinks, level: Level) -> DenoisingNetwork:
+def spread_of_motion(network: DenoisingNetwork, sample: Sample) -> tuple[float, ...]:
+    """How far parts of the frames move on their own [px], for each of `motion.WINDOWS`, from a few frames."""
+    usable = np.flatnonzero(sample.links.good)
+    chosen = (
+        usable[np.unique(np.linspace(0, len(usable) - 1, MOTION_FRAMES).round().astype(int))] if len(usable) else []
+    )
+    found = [compared(network, sample.frames, int(i), links=sample.links, level=sample.level) for i in chosen]
+    return learnt_spread([moments for moments in found if moments is not None])
+
+
+def bound(
+    network: nn.Module, frames: NDArray[np.float32], *, links: FrameLinks, level: Level, motion: bool = True
+) -> DenoisingNetwork:
     """A network for the frames (m, y, x) [electrons] of a movie: the filter of its neighbours measured on them."""
-    sample = Sample(torch.from_numpy(np.ascontiguousarray(frames)), links, level)
+    sample = Sample(torch.from_numpy(np.ascontiguousarray(frames)), links, level, motion)
     return cast(DenoisingNetwork, with_context(network, sample).eval())
-
-
-def _contexts(network: nn.Module, sample: Sample) -> Tensor:
-    """The context of every frame of the sample, (m, y, x); zeros for a network that uses none."""
-    device = next(network.parameters()).device
-    out = torch.zeros_like(sample.frames)
-    for index in np.flatnonzero(sample.links.good):
-        context = frame_context(
-            cast(DenoisingNetwork, network),
-            sample.frames.to(device),
-            int(index),
-            links=sample.links,
-            level=sample.level,
-        )
-        if context is not None:
-            out[index] = context.cpu()
-    return out
 
 
 def _in_two_parts(
@@ -184,22 +189,21 @@ def _in_two_parts(
     best = train(network, batches, steps=steps - last)
     if not last:
         return best
-    calm = _averaged(best.network, batches.sample, batches.contexts, dtype=dtype)
-    second = train(best.network, draws(seed=seed + 1, targets=calm), steps=last)
+    # Estimates as targets have no noise of single pixels that could be betrayed: all that is known may be told.
+    whole = seen(network, batches.sample, whole=True)
+    calm = _averaged(best.network, batches.sample, whole, dtype=dtype)
+    second = train(best.network, draws(seed=seed + 1, targets=calm, seen=whole), steps=last)
     return second._replace(step=steps - last + second.step) if _mean(second.risks) < _mean(best.risks) else best
 
 
-def _averaged(network: nn.Module, sample: Sample, contexts: Tensor, *, dtype: DType) -> Tensor:
+def _averaged(network: nn.Module, sample: Sample, told: Seen, *, dtype: DType) -> Tensor:
     """What a network makes of the sample, averaged over its frames turned and mirrored, (m, y, x) [electrons]."""
     device = next(network.parameters()).device
     level = torch.tensor(sample.level, dtype=torch.float32, device=device)
     out = torch.zeros_like(sample.frames)
     with torch.inference_mode(), reduced_precision(str(device), dtype):
         for index in np.flatnonzero(sample.links.good):
-            stack, valid = neighbour_stack(
-                sample.frames, int(index), offsets=_offsets(network), links=sample.links, fill=sample.level.mean
-            )
-            parts = [part.to(device) for part in (stack, valid, contexts[index])]
+            parts = [part.to(device) for part in told.inputs(sample, 0, int(index), _offsets(network), None)]
             for turn in range(SYMMETRIES):
                 made = network(*(turned(part, turn)[None] for part in parts[:2]), level, turned(parts[2], turn)[None])
                 out[index] += turned_back(made[0].float(), turn).cpu() / SYMMETRIES
@@ -274,9 +278,9 @@ def blend(average: nn.Module, network: nn.Module, share: float) -> None:
         kept.lerp_(new, share)
 
 
-def _risks(network: nn.Module, *, sample: Sample, held: Tensor, dtype: DType) -> NDArray[np.float64]:
+def _risks(network: nn.Module, *, sample: Sample, held: Tensor, told: Seen, dtype: DType) -> NDArray[np.float64]:
     """Estimated mean squared error over the squared mean, frame by frame, from pixels that were never a target."""
-    frames, links, level = sample
+    frames, links, level, _ = sample
     device = next(chain(network.parameters(), network.buffers())).device
     usable = np.flatnonzero(links.good)
     chosen = usable[np.unique(np.linspace(0, len(usable) - 1, CHECK_FRAMES).round().astype(int))] if len(usable) else []
@@ -284,18 +288,18 @@ def _risks(network: nn.Module, *, sample: Sample, held: Tensor, dtype: DType) ->
     risks = []
     with torch.inference_mode(), reduced_precision(str(device), dtype):
         for index in chosen:
-            stack, valid = neighbour_stack(frames, int(index), offsets=_offsets(network), links=links, fill=level.mean)
-            context = frame_context(
-                cast(DenoisingNetwork, network), frames.to(device), int(index), links=links, level=level
-            )
-            near = None if context is None else context[None]
-            estimate = network(stack[None].to(device), valid[None].to(device), levels, near)[0].cpu()
-            use = held[index] & torch.isfinite(frames[index])
-            difference = (frames[index] - estimate)[use].double()
-            readout = level.variance - level.mean
-            # The noise of a count is estimated by the count itself; that of a difference of networks cancels.
-            if len(difference):
-                risks.append(float((difference**2 - frames[index][use].double() - readout).mean()) / level.mean**2)
+            excess = []
+            for view in range(len(told.contexts)):
+                parts = told.inputs(sample, view, int(index), _offsets(network), None)
+                estimate = network(*(part[None].to(device) for part in parts[:2]), levels, parts[2][None].to(device))
+                use = held[index] & told.judged(view) & torch.isfinite(frames[index])
+                counts = frames[index][use].double()
+                # The noise of a count is estimated by the count itself; that of a difference of networks cancels.
+                readout = level.variance - level.mean
+                excess.append((counts - estimate[0].cpu()[use]) ** 2 - counts - readout)
+            values = torch.cat(excess)
+            if len(values):
+                risks.append(float(values.mean()) / level.mean**2)
     return np.array(risks)
 
 

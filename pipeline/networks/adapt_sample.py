@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeline.steps.denoise import FrameLinks, Level, neighbour_stack
+from pipeline.steps.denoise import (
+    DenoisingNetwork,
+    FrameLinks,
+    Level,
+    compared,
+    frame_context,
+    neighbour_stack,
+    relative_shifts,
+)
+from pipeline.steps.motion import BLOCK, squares, without
 
 # Squares of this many pixels are held out, one in HOLD_SHARE: wider than the noise of any detector is correlated.
 HOLD_SQUARE = 16
@@ -35,11 +44,13 @@ class SamplePlan(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Frames (m, y, x) [electrons] to train on, how they are linked, and the brightness of the movie."""
+    """Frames (m, y, x) [electrons] to train on, how they are linked, the brightness of the movie, and whether parts of
+    the view may move on their own."""
 
     frames: Tensor
     links: FrameLinks
     level: Level
+    moving: bool = True
 
 
 def plan_sample(
@@ -96,6 +107,68 @@ def held_out(sample: Sample, *, seed: int) -> Tensor:
     return held[:, :height, :width].contiguous()
 
 
+class Seen(NamedTuple):
+    """What a network is told of the frames of a sample besides their counts, in one or two views.
+
+    How the parts of a frame have moved is read from its own counts too, which would betray some of the noise that a
+    network must not see. So there are two views, each ignorant of every other square of the frame: an estimate is
+    judged, and trained, in the squares of which its view knows nothing. `whole` is one view that knows them all.
+    """
+
+    contexts: Tensor
+    """(view, m, y, x) [electrons about the mean]: the filtered mean of the neighbours."""
+    shifts: Tensor | None
+    """(view, m, slot, 2, by, bx) [px], see `pipeline.steps.denoise.local_shifts`; None: no motion."""
+
+    def judged(self, view: int) -> Tensor:
+        """Where an estimate in this view is independent of the noise of the frame, (y, x) bool."""
+        height, width = self.contexts.shape[-2:]
+        if len(self.contexts) == 1:
+            return torch.ones(height, width, dtype=torch.bool)
+        mask = squares(height, width, odd=bool(view))
+        return mask.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:height, :width]
+
+    def inputs(
+        self, sample: Sample, view: int, index: int, offsets: Sequence[int], region: tuple[int, int, int, int] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Stack, validity (slot, y, x) and context (y, x) of one frame, or of a region of it."""
+        shifts = None if self.shifts is None else self.shifts[view, index]
+        stack, valid = neighbour_stack(
+            sample.frames, index, offsets=offsets, links=sample.links, fill=sample.level.mean, region=region,
+            shifts=shifts,
+        )  # fmt: skip
+        context = self.contexts[view, index]
+        if region is not None:
+            top, left, height, width = region
+            context = context[top : top + height, left : left + width]
+        return stack, valid, context
+
+
+def seen(network: nn.Module, sample: Sample, *, whole: bool = False) -> Seen:
+    """What `network` is told of a sample: in two views if parts of it move, unless one `whole` view is asked for."""
+    told = cast(DenoisingNetwork, network)
+    links, level = sample.links, sample.level
+    frames = sample.frames.to(told.kernel.device if told.context_radius else "cpu")
+    moving = any(told.motion) and bool(told.context_radius)
+    views = 2 if moving and not whole else 1
+    contexts = torch.zeros(views, *sample.frames.shape)
+    shifts = None
+    for index in np.flatnonzero(links.good) if told.context_radius else []:
+        moments = compared(told, frames, int(index), links=links, level=level) if moving else None
+        for view in range(views):
+            own = None
+            if moments is not None:
+                hidden = squares(*frames.shape[-2:], odd=bool(view)).to(frames.device)
+                known = without(moments, told.offsets.index(0), hidden) if views == 2 else moments
+                own = relative_shifts(told, known)
+                if shifts is None:
+                    shifts = torch.zeros(views, len(frames), *own.shape)
+                shifts[view, index] = own.cpu()
+            context = frame_context(told, frames, int(index), links=links, level=level, shifts=own)
+            contexts[view, index] = 0 if context is None else context.cpu()
+    return Seen(contexts, shifts)
+
+
 class Batches:
     """Random crops of a sample with their neighbours, turned and mirrored in space and time.
 
@@ -103,10 +176,11 @@ class Batches:
     """
 
     def __init__(
-        self, sample: Sample, held: Tensor, contexts: Tensor, *, crop: int, batch: int, seed: int,
+        self, sample: Sample, held: Tensor, seen: Seen, *, crop: int, batch: int, seed: int,
         targets: Tensor | None = None,
     ) -> None:  # fmt: skip
-        self.sample, self.held, self.contexts, self.batch = sample, held, contexts, batch
+        self.sample, self.held, self.seen, self.batch = sample, held, seen, batch
+        self.views = [seen.judged(view) for view in range(len(seen.contexts))]
         self.targets = sample.frames if targets is None else targets
         self.generator = torch.Generator().manual_seed(seed)
         self.usable = np.flatnonzero(sample.links.good)
@@ -121,21 +195,22 @@ class Batches:
         return tuple(torch.stack(parts) for parts in zip(*crops, strict=True))
 
     def _one(self, offsets: Sequence[int]) -> tuple[Tensor, ...]:
-        frames, links, level = self.sample
+        frames, level = self.sample.frames, self.sample.level
         index = int(self.usable[self._random(len(self.usable))])
+        view = self._random(len(self.views)) if len(self.views) > 1 else 0
         top, left = (self._random(size - self.side + 1) for size in frames.shape[-2:])
         region = (top, left, self.side, self.side)
-        stack, valid = neighbour_stack(frames, index, offsets=offsets, links=links, fill=level.mean, region=region)
+        stack, valid, context = self.seen.inputs(self.sample, view, index, offsets, region)
         here = (index, slice(top, top + self.side), slice(left, left + self.side))
         target = self.targets[here]
-        weight = (~self.held[here] & torch.isfinite(target)).float()
+        weight = (~self.held[here] & self.views[view][here[1:]] & torch.isfinite(target)).float()
         target = torch.nan_to_num(target, nan=level.mean, posinf=level.mean, neginf=level.mean)
         turn = self._random(16)
         if turn & 8:
             stack, valid = stack.flip(0), valid.flip(0)
         for slot in self._dropped(offsets):
             stack[slot], valid[slot] = level.mean, False
-        return tuple(turned(part, turn) for part in (stack, valid, target, weight, self.contexts[here]))
+        return tuple(turned(part, turn) for part in (stack, valid, target, weight, context))
 
     def _dropped(self, offsets: Sequence[int]) -> list[int]:
         """Neighbours to leave out: any of them, lest noise be learnt by heart; and now and then all at one end."""

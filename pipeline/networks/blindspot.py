@@ -57,14 +57,22 @@ class BlindSpot(nn.Module):
     dilated convolutions are otherwise NaN on CPUs. With `context` > 0 the network is also given the mean of the
     neighbours (never the centre frame) filtered by `kernel`, which reaches that many pixels: what long-range order
     tells at no cost in convolutions. Without `own_frame` it sees nothing of a centre frame that has any neighbour:
-    where a detector spreads the noise of a pixel over others, these would betray it.
+    where a detector spreads the noise of a pixel over others, these would betray it. `motion`: how far parts of its
+    movie move on their own [px] (see `pipeline.steps.motion`), empty where that is not known.
     """
 
     periodic = False
     kernel: Tensor
 
     def __init__(
-        self, *, frames: int, channels: int, dilations: Sequence[int], context: int = 0, own_frame: bool = True
+        self,
+        *,
+        frames: int,
+        channels: int,
+        dilations: Sequence[int],
+        context: int = 0,
+        own_frame: bool = True,
+        motion: Sequence[float] = (),
     ) -> None:
         super().__init__()
         if frames < 1 or frames % 2 == 0:
@@ -78,6 +86,9 @@ class BlindSpot(nn.Module):
             self.config["context"] = context
         if not own_frame:
             self.config["own_frame"] = False
+        if any(motion):
+            self.config["motion"] = list(motion)
+        self.motion = tuple(motion)
         self.context_radius = context
         radius = frames // 2
         self.offsets = tuple(range(-radius, radius + 1))

@@ -45,6 +45,7 @@ class WCVD(nn.Module):
 
     periodic = True
     context_radius = 0
+    motion: tuple[float, ...] = ()
     macs_per_pixel: float
 
     def __init__(self, *, kernels: Sequence[int], layers: int, channels: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ class NeighbourWiener(nn.Module):
     """Estimate a frame as the mean of its neighbours, filtered by `kernel`; blind, since the frame has no part in it.
 
     The filter is that of `wiener_kernel`, from the movie's own spectrum; on a movie without any structure it is zero
-    and the estimate a constant. `frames` is odd, `context` the reach of the kernel [px].
+    and the estimate a constant. `frames` is odd, `context` the reach of the kernel [px]; `motion` as
+    for a BlindSpot.
     """
 
     periodic = False
@@ -31,11 +33,14 @@ class NeighbourWiener(nn.Module):
     macs_per_pixel = 0.0  # the filter is a product in Fourier space
     kernel: Tensor
 
-    def __init__(self, *, frames: int, context: int) -> None:
+    def __init__(self, *, frames: int, context: int, motion: Sequence[float] = ()) -> None:
         super().__init__()
         if frames < 3 or frames % 2 == 0 or context < 1:
             raise ValueError(f"frames is {frames}, context {context}; expected an odd number from 3 on, and at least 1")
         self.config: dict[str, Any] = {"frames": frames, "context": context}
+        if any(motion):
+            self.config["motion"] = list(motion)
+        self.motion = tuple(motion)
         self.context_radius = context
         self.offsets = tuple(range(-(frames // 2), frames // 2 + 1))
         self.register_buffer("kernel", torch.zeros(2 * context + 1, 2 * context + 1))

@@ -1,4 +1,7 @@
-"""Denoise frames with a blind-spot network that sees each frame's neighbours, moved by whole pixels only.
+"""Denoise frames with a blind-spot network that sees each frame's neighbours, moved onto it.
+
+The drift is taken out in whole pixels, which leaves the counts as they are; parts of a view that move on their own are
+followed between the pixels of the neighbours, never of the frame itself.
 
 Whatever the result of frame t depends on is chosen from the movie: its neighbours t + k, the path of the drift, which
 frames are good. Frames are processed one by one on a fixed grid of windows, so that no cut into blocks can matter.
@@ -16,6 +19,10 @@ from numpy.typing import NDArray
 from scipy.fft import next_fast_len
 from torch import Tensor
 
+from pipeline.steps import motion
+
+BAND = 16 * motion.BLOCK
+"""Rows [px] in which sums over the neighbours of a whole frame are taken."""
 DType = Literal["auto", "float32", "bfloat16"]
 
 
@@ -47,6 +54,7 @@ class DenoisingNetwork(Protocol):
     periodic: bool
     context_radius: int
     kernel: Tensor
+    motion: tuple[float, ...]
 
     def __call__(self, frames: Tensor, valid: Tensor, level: Tensor, context: Tensor | None = None) -> Tensor:
         """(batch, slot, y, x) electrons and validity, (2,) level, (batch, y, x) context, to (batch, y, x) electrons."""
@@ -82,13 +90,16 @@ def neighbour_stack(
     links: FrameLinks,
     fill: float,
     region: tuple[int, int, int, int] | None = None,
+    shifts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Frame `index` between its neighbours, each moved onto its detector grid by whole pixels.
+    """Frame `index` between its neighbours, each moved onto its detector grid by whole pixels, and parts by `shifts`.
 
     frames (n, y, x) [electrons]; `links` describe the same n frames; `region` (top, left, height, width) [px] cuts a
-    window of frame `index`, by default the whole. Returns the stack (slot, y, x), slots in the order of `offsets`,
-    and where it is valid, (slot, y, x) bool. Pixels from outside a neighbour, and slots of frames that do not exist,
-    are bad or lie beyond a gap, are not valid and hold `fill`. No neighbour slot ever holds frame `index`.
+    window of frame `index`, by default the whole; `shifts` (slot, 2, by, bx) [px]: how far what blocks of the frame
+    show has moved in a neighbour beyond that (see `local_shifts`). Returns the stack (slot, y, x), slots in the order
+    of `offsets`, and where it is valid, (slot, y, x) bool. Pixels from outside a neighbour, and slots of frames that
+    do not exist, are bad or lie beyond a gap, are not valid and hold `fill`. No neighbour slot ever holds frame
+    `index`.
     """
     frames = torch.as_tensor(frames)
     height, width = (int(size) for size in frames.shape[-2:])
@@ -104,6 +115,12 @@ def neighbour_stack(
         y0, y1 = max(0, -top - dy), min(rows, height - top - dy)
         x0, x1 = max(0, -left - dx), min(columns, width - left - dx)
         if y0 >= y1 or x0 >= x1:
+            continue
+        if shifts is not None and offset:
+            y, x = (first + torch.arange(size, device=frames.device) for first, size in ((top, rows), (left, columns)))
+            part, inside = motion.moved(frames[other], top + dy, left + dx, motion.field_at(shifts[slot], y, x))
+            stack[slot] = torch.where(inside, part, stack[slot])
+            valid[slot] = inside
             continue
         part = frames[other, top + dy + y0 : top + dy + y1, left + dx + x0 : left + dx + x1].float()
         finite = torch.isfinite(part)
@@ -137,17 +154,82 @@ def _added(
 
 
 def frame_context(
-    network: DenoisingNetwork, frames: Tensor, index: int, *, links: FrameLinks, level: Level
+    network: DenoisingNetwork,
+    frames: Tensor,
+    index: int,
+    *,
+    links: FrameLinks,
+    level: Level,
+    shifts: Tensor | None = None,
 ) -> Tensor | None:
     """The mean of a frame's neighbours, filtered by the kernel of the network, (y, x) [electrons about the mean].
 
-    The frame itself has no part in it. None for a network that does not use it.
+    The frame itself has no part in it, but for what `shifts` owe to it. None for a network that does not use it.
     """
     if not network.context_radius:
         return None
+    if shifts is not None:
+        stack, valid = neighbour_stack(
+            frames, index, offsets=network.offsets, links=links, fill=level.mean, shifts=shifts
+        )
+        return _context_of(network, stack, valid, level)
     others = [offset for offset in network.offsets if offset]
     total, count = _added(frames, index, others, links=links, level=level.mean)
     return convolved(total / count.clamp_min(1), network.kernel)
+
+
+def _context_of(network: DenoisingNetwork, stack: Tensor, valid: Tensor, level: Level) -> Tensor:
+    """The context of a frame whose neighbours are at hand, (slot, y, x)."""
+    others = [slot for slot, offset in enumerate(network.offsets) if offset]
+    total = stack[others].sum(0) - level.mean * len(others)
+    return convolved(total / valid[others].sum(0).clamp_min(1), network.kernel)
+
+
+def compared(
+    network: DenoisingNetwork, frames: Tensor, index: int, *, links: FrameLinks, level: Level
+) -> motion.Moments | None:
+    """A frame and its neighbours, slot by slot, against the filtered mean of the neighbours; see `motion`.
+
+    None for a network without such a filter.
+    """
+    context = frame_context(network, frames, index, links=links, level=level)
+    if context is None:
+        return None
+    guide, parts = context / level.mean, []
+    for top, rows in _bands(guide.shape[0]):
+        comparison = motion.Comparison(guide, slice(top, top + rows), variance=level.variance / level.mean**2)
+        for offset in network.offsets:
+            stack, valid = neighbour_stack(
+                frames, index, offsets=(offset,), links=links, fill=level.mean, region=(top, 0, rows, guide.shape[1])
+            )
+            comparison.add(stack[0] / level.mean - 1, valid[0])
+        parts.append(comparison.moments())
+    return motion.joined(parts)
+
+
+def _bands(height: int) -> Iterator[tuple[int, int]]:
+    """First row and number of rows of the bands that a frame is cut into, so that what is computed stays in cache."""
+    for top in range(0, height, BAND):
+        yield top, min(BAND, height - top)
+
+
+def local_shifts(
+    network: DenoisingNetwork, frames: Tensor, index: int, *, links: FrameLinks, level: Level
+) -> Tensor | None:
+    """How far what blocks of a frame show has moved in its neighbours, (slot, 2, by, bx) [px]; whole pixels are apart.
+
+    None where the network's movie was found to have no such motion (`network.motion`).
+    """
+    if not any(network.motion):
+        return None
+    moments = compared(network, frames, index, links=links, level=level)
+    return None if moments is None else relative_shifts(network, moments)
+
+
+def relative_shifts(network: DenoisingNetwork, moments: motion.Moments) -> Tensor:
+    """Displacements of all slots from the centre slot, (slot, 2, by, bx) [px]."""
+    found = motion.displacements(moments, network.motion)
+    return found - found[network.offsets.index(0)]
 
 
 def convolved(image: Tensor, kernel: Tensor) -> Tensor:
@@ -211,14 +293,23 @@ def _one_frame(
     levels = torch.tensor(level, dtype=torch.float32, device=frames.device)
     if network.periodic:
         return _one_periodic_frame(network, frames, index, links=links, levels=levels, tile=tile)
-    context = frame_context(network, frames, index, links=links, level=level)
+    shifts = local_shifts(network, frames, index, links=links, level=level)
+    whole = None
+    if shifts is None:
+        context = frame_context(network, frames, index, links=links, level=level)
+    else:  # each neighbour is moved only once
+        whole = neighbour_stack(frames, index, offsets=network.offsets, links=links, fill=level.mean, shifts=shifts)
+        context = _context_of(network, *whole, level)
     out = torch.empty((height, width), dtype=torch.float32, device=frames.device)
     for y, wy in windows(height, tile, halo):
         for x, wx in windows(width, tile, halo):
-            region = (wy.start, wx.start, wy.stop - wy.start, wx.stop - wx.start)
-            stack, valid = neighbour_stack(
-                frames, index, offsets=network.offsets, links=links, fill=level.mean, region=region
-            )
+            if whole is None:
+                region = (wy.start, wx.start, wy.stop - wy.start, wx.stop - wx.start)
+                stack, valid = neighbour_stack(
+                    frames, index, offsets=network.offsets, links=links, fill=level.mean, region=region
+                )
+            else:
+                stack, valid = (part[:, wy, wx] for part in whole)
             near = None if context is None else context[None, wy, wx]
             estimate = network(stack[None], valid[None], levels, near)[0]
             out[y, x] = estimate[y.start - wy.start : y.stop - wy.start, x.start - wx.start : x.stop - wx.start]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.networks.adapt import _averaged, adapt, untrained, with_context
-from pipeline.networks.adapt_sample import Sample, plan_sample, training_sample, turned, turned_back
+from pipeline.networks.adapt_sample import Sample, Seen, plan_sample, training_sample, turned, turned_back
 from pipeline.networks.phantoms import phantom
 from pipeline.networks.wiener import NeighbourWiener, wiener_kernel
 from pipeline.steps.denoise import FrameLinks, Level, denoise, frame_context, measure_level, neighbour_stack
@@ -87,19 +87,19 @@ def test_the_weights_of_least_risk_are_kept_and_training_ends_when_it_rises(movi
     """Looks at steps 10, 20, …: best at 20, no better at 30 and 40, and 50 is never reached; no more do estimates."""
     _, counts, links = movie
     sample = Sample(torch.from_numpy(counts), links, measure_level(counts, readout_variance=0))
-    seen = []
+    looks = []
 
-    def risks(network, *, sample, held, dtype):
+    def risks(network, *, sample, held, told, dtype):
         if isinstance(network, NeighbourWiener):
             return np.full(4, 9.0)
-        seen.append(network.state_dict()["last.weight"].clone())
-        return np.full(4, {0: 5.0, 1: 3.0, 2: 1.0}.get(len(seen) - 1, 2.0)) + np.arange(4) / 100
+        looks.append(network.state_dict()["last.weight"].clone())
+        return np.full(4, {0: 5.0, 1: 3.0, 2: 1.0}.get(len(looks) - 1, 2.0)) + np.arange(4) / 100
 
     monkeypatch.setattr("pipeline.networks.adapt._risks", risks)
     network, record = adapt(untrained("blindspot", CONFIG, seed=0), sample, steps=90, **SETTINGS)
-    assert (record["best_step"], record["kept"], len(seen)) == (20, "adapted", 8)
-    assert torch.equal(network.state_dict()["last.weight"], seen[2])
-    assert not torch.equal(seen[2], seen[3])
+    assert (record["best_step"], record["kept"], len(looks)) == (20, "adapted", 8)
+    assert torch.equal(network.state_dict()["last.weight"], looks[2])
+    assert not torch.equal(looks[2], looks[3])
 
 
 def test_training_on_its_own_averaged_estimates_brings_a_network_nearer_to_the_truth(movie, adapted, monkeypatch):
@@ -120,10 +120,11 @@ def test_averaged_estimates_turn_with_the_frames(adapted):
         assert torch.equal(turned_back(turned(frames, turn), turn), frames)
     still = Sample(frames, links_of(10), sample.level)
     averaged = partial(_averaged, network, dtype="float32")
-    here = averaged(still, torch.zeros_like(frames))
+    blank = Seen(torch.zeros(1, *frames.shape), None)
+    here = averaged(still, blank)
     for turn in (1, 4, 6):
         there = averaged(
-            Sample(turned(frames, turn), links_of(10), sample.level), turned(torch.zeros_like(frames), turn)
+            Sample(turned(frames, turn), links_of(10), sample.level), Seen(turned(blank.contexts, turn), None)
         )
         assert torch.allclose(turned_back(there, turn), here, atol=1e-4)
     assert not torch.allclose(turned(here, 1), here, atol=1e-2)
