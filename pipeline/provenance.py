@@ -98,10 +98,10 @@ def _notes(found: Mapping[str, Mapping[str, Any]], stack: store.Stack, settings:
             f"denoised frames are damped beyond {limit:.3g} 1/Å, the information limit at {energy:g} keV with a focal "
             f"spread of {settings.lowpass.focal_spread:g} Å (lowpass.cutoff, lowpass.focal_spread)"
         )
-    return [*notes, *_notes_on_denoiser(found["adapt"], settings.denoise.group)]
+    return [*notes, *denoiser_notes(found["adapt"], settings.denoise.group)]
 
 
-def _notes_on_denoiser(adapt: Mapping[str, Any], group: str | None) -> list[str]:
+def denoiser_notes(adapt: Mapping[str, Any], group: str | None) -> list[str]:
     """What became of the denoiser, from the answer of the step that prepared it."""
     notes = []
     adapted = adapt.get("training") or {}
@@ -121,6 +121,12 @@ def _notes_on_denoiser(adapt: Mapping[str, Any], group: str | None) -> list[str]
         notes.append(
             f"the noise of pixels nearby is correlated ({adapt['noise_correlation']:+.2f}): evidence and standard "
             "errors take it to be independent and are too sure"
+        )
+    if any(adapted.get("motion") or ()):
+        typical = sum(spread**2 for spread in adapted["motion"]) ** 0.5
+        notes.append(
+            f"parts of the view move by some {typical:.2f} px of their own between neighbouring frames; the denoiser's "
+            "neighbours were moved by as much (denoise.motion)"
         )
     if adapted.get("kept") == "initial" and adapted.get("steps"):
         notes.append("adapting the denoiser to this movie did not help; the pretrained weights were used")

@@ -49,7 +49,7 @@ class Smoothing(torch.nn.Module):
     """A plain stand-in for the denoiser: the mean of three neighbours, blurred."""
 
     offsets = (-1, 0, 1)
-    receptive_radius, periodic, context_radius = 4, False, 0
+    receptive_radius, periodic, context_radius, motion = 4, False, 0, ()
 
     def forward(self, stack, valid, level, context=None):
         return torch.nn.functional.avg_pool2d(stack.mean(1), 3, stride=1, padding=1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter, map_coordinates
 
+from pipeline import provenance
 from pipeline.networks.adapt import spread_of_motion
 from pipeline.networks.adapt_sample import Sample, seen
 from pipeline.networks.blindspot import BlindSpot
@@ -210,3 +211,9 @@ def test_a_frame_alone_is_left_as_it_is():
     network = NeighbourWiener(frames=5, context=16, motion=(0.5, 0.1))
     shifts = local_shifts(network, sample.frames, 0, links=sample.links, level=Level(DOSE, DOSE))
     assert not shifts.any()
+
+
+def test_a_run_says_how_far_parts_of_the_view_move():
+    (note,) = provenance.denoiser_notes({"training": {"motion": [0.3, 0.4]}}, None)
+    assert "0.50 px" in note and "denoise.motion" in note
+    assert provenance.denoiser_notes({"training": {"motion": []}}, None) == []
