@@ -134,7 +134,7 @@ def neighbourhood(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Mean (y, x) [electrons] of frame `index` and its neighbours on its own grid, and how many frames each pixel has.
 
-    The same frames, moved by the same whole pixels, that a network of these `offsets` looks at; see `neighbour_stack`.
+    The frames that a network of these `offsets` looks at, moved by whole pixels only; see `neighbour_stack`.
     """
     total, depth = _added(torch.as_tensor(frames), index, offsets, links=links, level=0.0)
     return (total / depth.clamp_min(1)).cpu().numpy(), depth.cpu().numpy()
