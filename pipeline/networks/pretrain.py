@@ -2,8 +2,9 @@
 
 The target is the clean image (the network stays blind by construction, so it can be adapted later without one). Each
 step draws two movies: simulated specimens or made-up lattices, brightened, dimmed or inverted, at a random dose, with
-readout noise, flicker and wrong alignment now and then. The loss is the mean over crops of log(squared error), that is
-the mean PSNR, so that no dose outweighs another. Gold and MoS2 are left out: benchmarks use them.
+readout noise, flicker and wrong alignment now and then; parts that move on their own are followed, as in use. The loss
+is the mean over crops of log(squared error), that is the mean PSNR, so that no dose outweighs another. Gold and MoS2
+are left out: benchmarks use them.
 """
 
 from __future__ import annotations
@@ -21,25 +22,32 @@ from torch import Tensor, nn
 from pipeline.networks.adapt import blend, bound, untrained
 from pipeline.networks.blindspot import CONTEXT_RADIUS
 from pipeline.networks.phantoms import CleanMovie, phantom
-from pipeline.networks.wiener import kernel_of, periodogram, smoothed
+from pipeline.networks.wiener import NeighbourWiener, kernel_of, periodogram, smoothed
 from pipeline.simulate.movie import MovieSpec, simulate_movie
 from pipeline.steps.denoise import (
     DenoisingNetwork,
     FrameLinks,
     Level,
-    convolved,
+    compared,
+    context_of,
     denoise,
+    local_shifts,
     measure_level,
     neighbour_stack,
     one_thread,
     reduced_precision,
 )
+from pipeline.steps.motion import learnt_spread
 
 FRAMES = 10
 SIDE = 208
 DOSES = (0.03, 30.0)
 # Frames of a movie on which the filter of the neighbours is measured.
 LENGTHS = (10, 64)
+# Electrons per pixel at which it is measured how far parts of a movie move, and over how many frames.
+MANY, LOOK = 10.0, 7
+# Spread [px] of drift that is wrong by a pixel here and there.
+WRONG = 0.8
 # Squared relative error below which a crop counts as solved; without it pure noise would outweigh everything.
 FLOOR = 1e-4
 # Steps over which weights are averaged.
@@ -70,10 +78,12 @@ class Drawn(NamedTuple):
 
 
 class Known(NamedTuple):
-    """A clean movie, and the smoothed power per pixel (ky, kx) of its frames about their mean, of mean one."""
+    """A clean movie, the smoothed power per pixel (ky, kx) of its frames about their mean, of mean one, and how far
+    parts of it move on their own [px], see `pipeline.steps.motion`."""
 
     movie: CleanMovie
     power: NDArray[np.float64]
+    motion: tuple[float, ...]
 
 
 def random_spec(rng: np.random.Generator) -> MovieSpec:
@@ -117,15 +127,32 @@ def movie_bank(settings: PretrainSettings, *, report: Callable[[str], None]) -> 
 
 
 def known(movie: CleanMovie) -> Known:
-    """A movie with its spectrum."""
-    relative = torch.from_numpy(movie.frames / float(movie.frames.mean()) - 1)
+    """A movie with its spectrum, and its motion as many electrons show it."""
+    mean = float(movie.frames.mean())
+    relative = torch.from_numpy(movie.frames / mean - 1)
     power = np.mean([periodogram(frame, reach=CONTEXT_RADIUS) for frame in relative], axis=0)
-    return Known(movie, smoothed(power, (relative.shape[1], relative.shape[2])))
+    power, level = smoothed(power, (relative.shape[1], relative.shape[2])), Level(MANY, MANY)
+    n, radius = len(relative), LOOK // 2
+    guide = _filter(power * MANY**2, n, level, frames=LOOK)
+    links = FrameLinks(np.round(movie.drift).astype(np.int64), np.ones(n, dtype=bool), np.zeros(n, dtype=np.int64))
+    found = [
+        compared(guide, MANY * (1 + relative), index, links=links, level=level) for index in range(radius, n - radius)
+    ]
+    return Known(movie, power, learnt_spread([moments for moments in found if moments is not None]))
+
+
+def _filter(
+    signal: NDArray[np.float64], length: int, level: Level, *, frames: int, motion: Sequence[float] = ()
+) -> NeighbourWiener:
+    """The filter of `frames` frames that a movie of `length` frames and this power [electrons²] is given."""
+    made = NeighbourWiener(frames=frames, context=CONTEXT_RADIUS, motion=motion)
+    made.kernel.copy_(kernel_of(signal, length, level, neighbours=frames - 1, reach=CONTEXT_RADIUS))
+    return made
 
 
 def draw(bank: Sequence[Known], rng: np.random.Generator, *, offsets: Sequence[int], crop: int, batch: int) -> Drawn:
     """Noisy crops of one frame of one movie at one dose, with the clean crops behind them."""
-    movie, power = bank[int(rng.integers(len(bank)))]
+    movie, power, motion = bank[int(rng.integers(len(bank)))]
     factor = _factor(rng)
     clean = torch.from_numpy(_restyled(movie.frames, factor))
     dose = float(np.exp(rng.uniform(*np.log(DOSES))))
@@ -133,34 +160,38 @@ def draw(bank: Sequence[Known], rng: np.random.Generator, *, offsets: Sequence[i
     mean = dose * float(clean.mean())
     level = Level(mean, mean + readout)
     index = int(rng.integers(len(clean)))
-    stack, valid = neighbour_stack(clean, index, offsets=offsets, links=_links(movie.drift, rng), fill=0)
+    near = slice(max(0, index + min(offsets)), index + max(offsets) + 1)
+    wrong = rng.random() < 0.25
+    links = _links(movie.drift[near], rng, wrong=wrong)
+    index -= near.start
+    bright = clean[near]
     if rng.random() < 0.15:
-        stack = stack * torch.from_numpy(rng.normal(1, 0.05, (len(offsets), 1, 1)).astype(np.float32)).clamp_min(0.5)
-    if rng.random() < 0.15:
-        _keep_few(valid, offsets, rng)
-    noisy = torch.from_numpy(rng.poisson(dose * stack.numpy()).astype(np.float32))
+        flicker = torch.from_numpy(rng.normal(1, 0.05, (len(bright), 1, 1)).astype(np.float32))
+        bright = bright * flicker.clamp_min(0.5)
+    if rng.random() < 0.15:  # a short movie: no neighbours beyond some distance, none at all in a third of the cases
+        links.good[np.abs(np.arange(len(bright)) - index) > rng.integers(0, max(offsets))] = False
+    noisy = torch.from_numpy(rng.poisson(dose * bright.numpy()).astype(np.float32))
     if readout:
         noisy += float(np.sqrt(readout)) * torch.from_numpy(rng.standard_normal(noisy.shape, dtype=np.float32))
-    noisy = torch.where(valid, noisy, mean)
-    # The filter that a movie of some length would be given: the longer, the more of its lattice it lets through.
+    # The filter that a movie of some length would be given: the longer, the more of its lattice it lets through. And
+    # its motion about as such a movie would tell it, at times not at all.
     length = int(np.exp(rng.uniform(*np.log(LENGTHS))))
-    signal = power * (factor * mean) ** 2
-    context = _context(
-        noisy, valid, offsets, kernel_of(signal, length, level, neighbours=len(offsets) - 1, reach=CONTEXT_RADIUS), mean
-    )
+    told = rng.random() > 0.2
+    spread = [float(part * np.exp(rng.normal(0, 0.3))) for part in motion] if told else []
+    if wrong and told:
+        spread[0] = float(np.hypot(spread[0], WRONG))
+    guide = _filter(power * (factor * mean) ** 2, length, level, frames=len(offsets), motion=spread)
+    shifts = local_shifts(guide, noisy, index, links=links, level=level)
+    stack, valid = neighbour_stack(noisy, index, offsets=offsets, links=links, fill=mean, shifts=shifts)
+    context = context_of(guide, stack, valid, level)
     crops = []
     for _ in range(batch):
         top, left = (int(rng.integers(size - crop + 1)) for size in clean.shape[1:])
         here, turn = (..., slice(top, top + crop), slice(left, left + crop)), _turn(rng)
-        crops.append([turn(part[here]) for part in (noisy, valid, dose * clean[index], context)])
+        target = dose * clean[near][index]
+        crops.append([turn(part[here]) for part in (stack, valid, target, context)])
     stacks, valids, targets, contexts = (torch.stack(parts) for parts in zip(*crops, strict=True))
     return Drawn(stacks, valids, targets, torch.tensor(level, dtype=torch.float32), contexts)
-
-
-def _context(noisy: Tensor, valid: Tensor, offsets: Sequence[int], kernel: Tensor, mean: float) -> Tensor:
-    """The mean of the neighbours (slot, y, x) behind their filter, (y, x) [electrons about the mean]."""
-    others = [slot for slot, offset in enumerate(offsets) if offset]
-    return convolved((noisy[others] - mean).sum(0) / valid[others].sum(0).clamp_min(1), kernel)
 
 
 def _factor(rng: np.random.Generator) -> float:
@@ -174,22 +205,14 @@ def _restyled(frames: NDArray[np.float32], factor: float) -> NDArray[np.float32]
     return np.maximum(1 + factor * (frames / mean - 1), 0.01).astype(np.float32)
 
 
-def _links(drift: NDArray[np.float64], rng: np.random.Generator) -> FrameLinks:
-    """The true drift in whole pixels; now and then wrong by a pixel, and now and then with bad frames."""
+def _links(drift: NDArray[np.float64], rng: np.random.Generator, *, wrong: bool) -> FrameLinks:
+    """The true drift in whole pixels, or `wrong` by a pixel here and there; now and then with bad frames."""
     n = len(drift)
     whole = np.round(drift).astype(np.int64)
-    if rng.random() < 0.25:
+    if wrong:
         whole = whole + rng.integers(-1, 2, whole.shape)
     good = rng.random(n) > (0.15 if rng.random() < 0.15 else 0.0)
     return FrameLinks(whole, good, np.zeros(n, dtype=np.int64))
-
-
-def _keep_few(valid: Tensor, offsets: Sequence[int], rng: np.random.Generator) -> None:
-    """Short movies: drop all neighbours beyond some distance, all of them in a third of the cases."""
-    reach = int(rng.integers(0, max(offsets)))
-    for slot, offset in enumerate(offsets):
-        if abs(offset) > reach:
-            valid[slot] = False
 
 
 def _turn(rng: np.random.Generator) -> Callable[[Tensor], Tensor]:

@@ -172,13 +172,13 @@ def frame_context(
         stack, valid = neighbour_stack(
             frames, index, offsets=network.offsets, links=links, fill=level.mean, shifts=shifts
         )
-        return _context_of(network, stack, valid, level)
+        return context_of(network, stack, valid, level)
     others = [offset for offset in network.offsets if offset]
     total, count = _added(frames, index, others, links=links, level=level.mean)
     return convolved(total / count.clamp_min(1), network.kernel)
 
 
-def _context_of(network: DenoisingNetwork, stack: Tensor, valid: Tensor, level: Level) -> Tensor:
+def context_of(network: DenoisingNetwork, stack: Tensor, valid: Tensor, level: Level) -> Tensor:
     """The context of a frame whose neighbours are at hand, (slot, y, x)."""
     others = [slot for slot, offset in enumerate(network.offsets) if offset]
     total = stack[others].sum(0) - level.mean * len(others)
@@ -299,7 +299,7 @@ def _one_frame(
         context = frame_context(network, frames, index, links=links, level=level)
     else:  # each neighbour is moved only once
         whole = neighbour_stack(frames, index, offsets=network.offsets, links=links, fill=level.mean, shifts=shifts)
-        context = _context_of(network, *whole, level)
+        context = context_of(network, *whole, level)
     out = torch.empty((height, width), dtype=torch.float32, device=frames.device)
     for y, wy in windows(height, tile, halo):
         for x, wx in windows(width, tile, halo):

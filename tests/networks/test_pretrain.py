@@ -66,15 +66,16 @@ def test_drawn_context_is_the_filtered_mean_of_the_neighbours():
     clean = (1 + 0.3 * np.cos(0.7 * x + 0.2 * y) + 0.2 * np.cos(0.9 * y)).astype(np.float32)
     bank, rng = [known(CleanMovie(np.repeat(clean[None], 8, 0), np.zeros((8, 2))))], np.random.default_rng(1)
     alike = []
-    for _ in range(40):
+    for _ in range(200):
         part = draw(bank, rng, offsets=(-1, 0, 1), crop=48, batch=2)
         neighbours, both = part.stack[:, [0, 2]].mean(1), part.valid.all()
         if both and 0.1 < float(part.level[0]) < 1:
-            pairs = [np.corrcoef(one.ravel(), part.target.ravel())[0, 1] for one in (part.context, neighbours)]
-            alike.append(pairs)
-    assert len(alike) > 5
+            if part.context.any():  # faint lattices are given no filter
+                pairs = [np.corrcoef(one.ravel(), part.target.ravel())[0, 1] for one in (part.context, neighbours)]
+                alike.append(pairs)
+    assert len(alike) > 30
     filtered, plain = np.median(alike, axis=0)
-    assert filtered > 0.9 > 0.6 > plain
+    assert filtered > 0.85 > 0.6 > plain
 
 
 def test_pretraining_is_reproducible_and_learns():
