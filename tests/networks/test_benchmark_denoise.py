@@ -34,6 +34,10 @@ def test_the_benchmark_runs_and_lists_every_rival(tmp_path):
     ]
     command += ["--weights", str(tmp_path / "w.safetensors"), "--json", str(tmp_path / "figures.json")]
     command += ["--figure", str(tmp_path / "pareto.png")]
+    done = subprocess.run([*command, "--tiers"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    rivals = json.loads((tmp_path / "figures.json").read_text())
+    assert not any(name.startswith("ours") for table in rivals.values() for name in table)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -41,7 +45,14 @@ def test_the_benchmark_runs_and_lists_every_rival(tmp_path):
     assert set(figures) == {"nanoparticle 1", "wse2 1"}
     expected = {"noisy", "Gaussian", "low-pass", "3-frame mean", "5-frame mean", "9-frame mean", "Wiener", "WCVD"}
     expected |= {"9-frame mean + Wiener", "total variation", "non-local means", "ours, large, pretrained"}
-    expected |= {"N2V, 1 frame", "N2V, 5 frames", "Wiener, 3-D", "ours, large, adapted", "ours, large, adapted, seed 1"}
+    expected |= {
+        "N2V, 1 frame",
+        "N2V, 5 frames",
+        "Wiener, 3-D",
+        "ours, large, adapted, seed 0",
+        "ours, large, adapted, seed 1",
+    }
+    assert all(figures[title].items() >= table.items() for title, table in rivals.items())
     for found in figures.values():
         assert expected <= set(found)
         assert all(entry["ssim"] <= 1 for entry in found.values())

@@ -69,10 +69,9 @@ def test_drawn_context_is_the_filtered_mean_of_the_neighbours():
     for _ in range(200):
         part = draw(bank, rng, offsets=(-1, 0, 1), crop=48, batch=2)
         neighbours, both = part.stack[:, [0, 2]].mean(1), part.valid.all()
-        if both and 0.1 < float(part.level[0]) < 1:
-            if part.context.any():  # faint lattices are given no filter
-                pairs = [np.corrcoef(one.ravel(), part.target.ravel())[0, 1] for one in (part.context, neighbours)]
-                alike.append(pairs)
+        if both and 0.1 < float(part.level[0]) < 1 and part.context.any():  # faint lattices are given no filter
+            pairs = [np.corrcoef(one.ravel(), part.target.ravel())[0, 1] for one in (part.context, neighbours)]
+            alike.append(pairs)
     assert len(alike) > 30
     filtered, plain = np.median(alike, axis=0)
     assert filtered > 0.85 > 0.6 > plain
