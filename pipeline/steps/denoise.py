@@ -106,6 +106,7 @@ def neighbour_stack(
     top, left, rows, columns = region or (0, 0, height, width)
     stack = torch.full((len(offsets), rows, columns), float(fill), dtype=torch.float32, device=frames.device)
     valid = torch.zeros(stack.shape, dtype=torch.bool, device=frames.device)
+    between: dict[int, tuple[int, int, int]] = {}
     for slot, offset in enumerate(offsets):
         other = index + offset
         if not 0 <= other < len(frames) or not links.good[other] or links.run[other] != links.run[index]:
@@ -117,15 +118,17 @@ def neighbour_stack(
         if y0 >= y1 or x0 >= x1:
             continue
         if shifts is not None and offset:
-            y, x = (first + torch.arange(size, device=frames.device) for first, size in ((top, rows), (left, columns)))
-            part, inside = motion.moved(frames[other], top + dy, left + dx, motion.field_at(shifts[slot], y, x))
-            stack[slot] = torch.where(inside, part, stack[slot])
-            valid[slot] = inside
+            between[slot] = (other, top + dy, left + dx)
             continue
         part = frames[other, top + dy + y0 : top + dy + y1, left + dx + x0 : left + dx + x1].float()
         finite = torch.isfinite(part)
         stack[slot, y0:y1, x0:x1] = torch.where(finite, part, stack[slot, y0:y1, x0:x1])
         valid[slot, y0:y1, x0:x1] = finite
+    if shifts is not None and between:
+        slots, near = list(between), [frames[other] for other, _, _ in between.values()]
+        corners = [(y, x) for _, y, x in between.values()]
+        region = (top, left, rows, columns)
+        stack[slots], valid[slots] = motion.moved(near, corners, shifts[slots], region, fill=float(fill))
     return stack, valid
 
 

@@ -9,6 +9,7 @@ sizes of window: the finer one estimates what the coarser one left.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import NamedTuple, ParamSpec, TypeVar
@@ -25,6 +26,8 @@ WINDOWS = (4.0, 2.0)
 """Standard deviations of the windows [blocks], the coarser first."""
 FARTHEST = 8.0
 """No part is moved farther than this [px]: beyond half a lattice spacing the linear estimate means nothing."""
+# Pixels of all neighbours together that are moved at a time: what stays in cache.
+_BAND = 500_000
 # Prior spreads of a change of contrast and of brightness, relative.
 _CONTRAST, _BRIGHTNESS = 0.5, 0.2
 # By how much a guide may be fainter, or stronger, than the images.
@@ -161,36 +164,76 @@ def learnt_spread(found: Sequence[Moments]) -> tuple[float, ...]:
 
 @_in_full
 def field_at(field: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """A field (2, by, bx) at pixels of some rows and columns, (2, rows, columns): linear between block centres."""
-    return _linear(rows, field.shape[1]) @ field @ _linear(columns, field.shape[2]).mT
+    """Fields (…, by, bx) at pixels of some rows and columns, (…, rows, columns): linear between block centres."""
+    return _linear(rows, field.shape[-2]) @ field @ _linear(columns, field.shape[-1]).mT
+
+
+def moved(
+    frames: Sequence[Tensor],
+    corners: Sequence[tuple[int, int]],
+    field: Tensor,
+    region: tuple[int, int, int, int],
+    *,
+    fill: float,
+) -> tuple[Tensor, Tensor]:
+    """Frames (h, w) of one size at the pixels of a region displaced by `field`, (frame, rows, columns), and where they
+    have any.
+
+    region (top, left, rows, columns) [px] of the view that `field` (frame, 2, by, bx) [px] describes; corners: where
+    the region's first pixel lies in each of the frames. Linear between pixels in either direction; where one of the
+    four is not finite or outside there is no value, but `fill`.
+    """
+    top, left, rows, columns = region
+    parts = []
+    across = left + torch.arange(columns, device=field.device)
+    band = max(BLOCK, _BAND // max(len(frames) * columns, 1))
+    for first in range(0, rows, band):
+        down = top + torch.arange(first, min(first + band, rows), device=field.device)
+        shift = field_at(field, down, across)
+        parts.append(_moved(frames, [(y + first, x) for y, x in corners], shift, fill))
+    found, valid = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return found, valid
 
 
 @_in_full
-def moved(frame: Tensor, top: int, left: int, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """A frame (h, w) at the pixels behind (top, left) displaced by `shift` (2, y, x) [px], and where it has them.
-
-    Linear between pixels in either direction; where one of the four is not finite or outside there is no value (zero).
-    """
-    rows, columns = shift.shape[1:]
-    low, high = (int(bound) for bound in (shift.amin().floor(), shift.amax().ceil()))
-    # Only the part that can be seen, and a pixel more on the far sides.
-    y0, x0 = max(top + low, 0), max(left + low, 0)
-    seen = frame[y0 : max(top + rows + high + 1, 0), x0 : max(left + columns + high + 1, 0)].float()
-    height, width = seen.shape
-    if min(height, width) < 1:
-        return torch.zeros_like(shift[0]), torch.zeros_like(shift[0], dtype=torch.bool)
-    y = torch.arange(top - y0, top - y0 + rows, device=frame.device)[:, None] + shift[0]
-    x = torch.arange(left - x0, left - x0 + columns, device=frame.device) + shift[1]
-    valid = (y >= 0) & (y <= height - 1) & (x >= 0) & (x <= width - 1)
-    finite = torch.isfinite(seen)
-    layers = [seen] if bool(finite.all()) else [torch.where(finite, seen, 0), finite.float()]
-    grid = torch.stack([x * (2 / max(width - 1, 1)) - 1, y * (2 / max(height - 1, 1)) - 1], -1)
+def _moved(
+    frames: Sequence[Tensor], corners: Sequence[tuple[int, int]], shift: Tensor, fill: float
+) -> tuple[Tensor, Tensor]:
+    """Frames at the pixels behind their corners displaced by `shift` (frame, 2, y, x) [px], and where they have any."""
+    size, near, bounds = frames[0].shape, [], []
+    low, high = torch.stack(torch.aminmax(shift)).tolist()
+    first, extent = math.floor(low), [many + math.ceil(high) - math.floor(low) for many in shift.shape[2:]]
+    for frame, corner in zip(frames, corners, strict=True):  # only the part that can be seen, zeros beyond the frame
+        down, across = (_within(corner[axis] + first, extent[axis], size[axis]) for axis in (0, 1))
+        near.append(functional.pad(frame[down[0], across[0]].float(), (*across[1], *down[1])))
+        bounds.append([(-start, many - 1 - start) for start, many in zip(corner, size, strict=True)])
+    images = torch.stack(near)
+    valid = torch.ones(shift[:, 0].shape, dtype=torch.bool, device=shift.device)
+    grid = torch.empty(*valid.shape, 2, device=shift.device)
+    for axis, many in enumerate(shift.shape[2:]):
+        pixel = torch.arange(many, device=shift.device).view((-1, 1) if axis == 0 else (-1,))
+        place = shift[:, axis] + pixel
+        for one, image in enumerate(bounds):
+            least, most = image[axis]
+            if low < least or high + many - 1 > most:
+                valid[one] &= (place[one] >= least) & (place[one] <= most)
+        scale = 2 / max(extent[axis] - 1, 1)
+        grid[..., 1 - axis] = torch.add(-first * scale - 1, place, alpha=scale)
+    finite = torch.isfinite(images)
+    layers = [images] if bool(finite.all()) else [torch.where(finite, images, 0), finite.float()]
     found = functional.grid_sample(
-        torch.stack(layers)[None], grid[None], mode="bilinear", padding_mode="border", align_corners=True
-    )[0]
+        torch.stack(layers, 1), grid, mode="bilinear", padding_mode="border", align_corners=True
+    )
     if len(layers) > 1:
-        valid &= found[1] > 1 - 1e-3
-    return torch.where(valid, found[0], 0), valid
+        valid &= found[:, 1] > 1 - 1e-3
+    return found[:, 0] if bool(valid.all()) else torch.where(valid, found[:, 0], fill), valid
+
+
+def _within(first: int, many: int, size: int) -> tuple[slice, tuple[int, int]]:
+    """Of `many` pixels from `first` on those on an axis of `size`, and how many are missing before and behind them."""
+    start, stop = min(max(first, 0), size), min(max(first + many, 0), size)
+    before = min(max(-first, 0), many)
+    return slice(start, stop), (before, many - before - (stop - start))
 
 
 def _blocks(images: Tensor) -> Tensor:

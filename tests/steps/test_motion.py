@@ -56,28 +56,38 @@ def turned():
     return clean, angles, sample, filter_of(sample)
 
 
-def test_moved_pixels_are_those_of_linear_interpolation():
+def test_moved_pixels_are_those_of_linear_interpolation(monkeypatch):
+    """Two neighbours that lie apart, a field of blocks, and bands that it does not depend on."""
     rng = np.random.default_rng(0)
-    frame = torch.from_numpy(rng.normal(size=(70, 90)).astype(np.float32))
-    shift = torch.from_numpy(rng.normal(0, 2, (2, 40, 50)).astype(np.float32))
-    shift[:, :4] = 0
-    found, valid = motion.moved(frame, 20, 25, shift)
-    y, x = np.arange(40)[:, None] + 20 + shift[0].numpy(), np.arange(50) + 25 + shift[1].numpy()
+    frames = torch.from_numpy(rng.normal(size=(2, 90, 110)).astype(np.float32))
+    field = torch.from_numpy(rng.normal(0, 2, (2, 2, 6, 7)).astype(np.float32))
+    field[1] = 0
+    region, corners = (20, 25, 40, 50), [(22, 24), (17, 30)]
+    found, valid = motion.moved(list(frames), corners, field, region, fill=7.0)
+    shift = motion.field_at(field, torch.arange(20, 60), torch.arange(25, 75)).numpy()
     assert valid.all()
-    np.testing.assert_allclose(found, map_coordinates(frame.numpy(), [y, x], order=1), atol=1e-4)
-    np.testing.assert_allclose(found[:4], frame[20:24, 25:75], atol=1e-4)
+    for image, frame, (top, left), (down, right) in zip(found, frames, corners, shift, strict=True):
+        y, x = np.arange(40)[:, None] + top + down, np.arange(50) + left + right
+        np.testing.assert_allclose(image, map_coordinates(frame.numpy(), [y, x], order=1), atol=1e-4)
+    np.testing.assert_allclose(found[1], frames[1, 17:57, 30:80], atol=1e-4)
+    monkeypatch.setattr(motion, "_BAND", 1)
+    for one, other in zip(motion.moved(list(frames), corners, field, region, fill=7.0), (found, valid), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 def test_moved_pixels_beyond_the_frame_or_beside_missing_ones_are_not_valid():
     frame = torch.ones(40, 40)
     frame[20, 20] = torch.nan
-    found, valid = motion.moved(frame, -1, 0, torch.full((2, 41, 40), 0.5))
-    assert torch.isfinite(found).all()
+    half = torch.full((1, 2, 3, 3), 0.5)
+    found, valid = motion.moved([frame], [(-1, 0)], half, (0, 0, 41, 40), fill=7.0)
+    assert (found[~valid] == 7).all()
+    assert (found[valid] == 1).all()
     expected = torch.ones(41, 40, dtype=torch.bool)
     expected[0] = expected[40] = expected[:, 39] = False
     expected[20:22, 19:21] = False
-    assert torch.equal(valid, expected)
-    assert not motion.moved(frame, 100, 200, torch.zeros(2, 8, 8))[1].any()
+    assert torch.equal(valid[0], expected)
+    assert not motion.moved([frame], [(100, 200)], half, (0, 0, 8, 8), fill=7.0)[1].any()
+    assert not motion.moved([frame], [(-100, -200)], half, (0, 0, 8, 8), fill=7.0)[1].any()
 
 
 def test_a_turning_sheet_is_followed_to_a_fraction_of_a_pixel(turned):
