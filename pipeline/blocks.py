@@ -18,7 +18,7 @@ from pipeline.movie import Clock, Movie, Task, open_movie, record, saturation_of
 from pipeline.parts import read_meta, read_part, write_part
 from pipeline.plan import SAMPLE_PIXELS, step_blocks
 from pipeline.prepare import prepare_denoiser
-from pipeline.steps import denoise, detector, drift, focus, noise
+from pipeline.steps import anchor, denoise, detector, drift, focus, noise
 from schemas.errors import ResourceError
 
 Compute = Callable[[Task], Mapping[str, Any]]
@@ -82,11 +82,11 @@ def calibrate(task: Task) -> Mapping[str, Any]:
         electrons = noise.to_electrons(corrected, model)
         level = denoise.measure_level(electrons, readout_variance=model.readout_variance)
     with clock("drift"):
-        weight = _frequency_weight(electrons, task)
+        weight, anchored = _frequency_weight(electrons, movie)
     y, x = np.nonzero(bad)
     arrays = {"bad_y": y.astype(np.int32), "bad_x": x.astype(np.int32), "weight": weight}
     meta = {"noise": model._asdict(), "level": [float(v) for v in level], "sample_frames": len(counts)}
-    meta |= {"bad_pixels": len(y), "fingerprint": dict(task.keys)["calibrate"]}
+    meta |= {"bad_pixels": len(y), "anchored": anchored, "fingerprint": dict(task.keys)["calibrate"]}
     write_part(task.part("calibrate"), arrays, meta)
     return record(clock, bad_pixels=len(y))
 
@@ -112,18 +112,31 @@ def _counts_per_electron(movie: Movie) -> float | None:
     return float(given) if given else None
 
 
-def _frequency_weight(electrons: np.ndarray, task: Task) -> np.ndarray:
-    if not task.settings.drift.correct or not len(electrons):
-        return np.zeros((0, 0), dtype=np.float32)
-    options = task.settings.drift
-    return drift.spectral_weight(
-        electrons,
-        band=options.band,
-        taper=options.taper,
-        change=options.change,
-        limit=options.limit,
-        device=task.device,
-    )
+def _frequency_weight(electrons: np.ndarray, movie: Movie) -> tuple[np.ndarray, bool]:
+    """The weights of frequencies, and whether they are those of what `drift.anchor` names: it must be seen."""
+    options = movie.settings.drift
+    if not options.correct or not len(electrons):
+        return np.zeros((0, 0), dtype=np.float32), False
+    weigh = functools.partial(
+        drift.spectral_weight, band=options.band, taper=options.taper, change=options.change, limit=options.limit,
+        device=movie.task.device,
+    )  # fmt: skip
+    weight = weigh(electrons)
+    if options.anchor == "frame":
+        return weight, False
+    masks = _masks(movie, electrons, weight[1])
+    seen = masks.any(axis=(1, 2))
+    return (weigh(electrons[seen], masks=masks[seen]), True) if seen.any() else (weight, False)
+
+
+def _masks(movie: Movie, electrons: np.ndarray, wiener: np.ndarray) -> np.ndarray:
+    """What of each frame (time, y, x) counts for the drift of what `drift.anchor` names; zero where it is not seen."""
+    masks = np.zeros(electrons.shape, dtype=np.float32)
+    for mask, frame in zip(masks, electrons, strict=True):
+        found = inference.particles_in(movie, anchor.filtered(frame, wiener)) if np.isfinite(frame).all() else None
+        if found is not None:
+            mask[:] = anchor.mask(found[0], movie.settings.drift.anchor)
+    return masks
 
 
 @_once("survey")
@@ -139,15 +152,18 @@ def survey(task: Task) -> Mapping[str, Any]:
     own = slice(0, task.stop - task.start)
     arrays = {name: values[own] for name, values in statistics.items()}
     arrays |= {"good": good[own], "reason": np.asarray(reasons[own], dtype=str)}
-    weight = task.answer("calibrate")[0]["weight"]
+    answer, facts = task.answer("calibrate")
+    weight = answer["weight"]
     if options.correct and weight.size:
         with clock("detector"):
             electrons = movie.electrons(counts)
         pairs = drift.pair_list(task.frames, start=task.start, stop=task.stop, lags=options.lags)
         with clock("drift"):
+            masks = _masks(movie, electrons, weight[1]) if facts.get("anchored") else None
             shifts = drift.pair_shifts(
                 electrons, pairs - task.start, good=good, weight=weight, candidates=options.candidates,
-                max_shift=options.max_shift, taper=options.taper, limit=options.limit, device=task.device,
+                max_shift=options.max_shift, taper=options.taper, limit=options.limit, masks=masks,
+                device=task.device,
             )  # fmt: skip
         arrays |= {"pairs": pairs, **{f"shift_{name}": values for name, values in shifts.items()}}
     if movie.stack.planes > 1:

@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.models import cutoff, finds_particles, network
 from pipeline.movie import Clock, Movie, device_text, saturation_of
 from pipeline.networks.weights import Loaded
-from pipeline.steps import denoise, detector, segment
+from pipeline.steps import denoise, detector, particles, segment
 from pipeline.steps.lowpass import lowpass
 
 VOTING_FRAMES = 6
@@ -159,17 +159,22 @@ def infer(movie: Movie, frames: range, clock: Clock) -> Images:
     )  # fmt: skip
 
 
-def particle_probability(movie: Movie, smooth: np.ndarray) -> np.ndarray | None:
-    """Probability (y, x) that a pixel of a denoised frame (y, x) belongs to a particle; None where none are sought."""
+def particles_in(movie: Movie, smooth: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Labels (y, x) of the particles in a denoised frame (y, x), and the probability (y, x) that they are made of; None
+    where none are sought."""
     if not finds_particles(movie.settings, movie.stack.sampling):
         return None
-    options = movie.settings.particles
+    options, pixel = movie.settings.particles, movie.stack.sampling**2
     loaded = network(str(options.model), movie.task.device)
     found = segment.particle_probability(
         loaded.module, smooth[None], sampling=movie.stack.sampling, model_sampling=float(loaded.metadata["sampling"]),
         window=options.window, halo=options.halo, batch=SEGMENT_BATCH, device=movie.task.device,
     )  # fmt: skip
-    return np.asarray(found[0])
+    labels = particles.label(
+        found[0], threshold=options.threshold, min_area=options.min_area / pixel, max_hole=options.max_hole / pixel,
+        neck=options.neck,
+    )  # fmt: skip
+    return labels, found[0]
 
 
 def _reasons(movie: Movie, counts: np.ndarray, frames: range, good: np.ndarray) -> np.ndarray:

@@ -157,15 +157,11 @@ def particles_of(
     movie: Movie, images: inference.Images, row: int, clock: Clock
 ) -> tuple[np.ndarray | None, Rows | None]:
     """Labels (y, x) of the particles of a frame and their measures; None where particles are not looked for."""
-    options, pixel = movie.settings.particles, movie.stack.sampling**2
     with clock("particles"):
-        probability = inference.particle_probability(movie, images.denoised[row])
-        if probability is None:
+        found = inference.particles_in(movie, images.denoised[row])
+        if found is None:
             return None, None
-        labels = particles.label(
-            probability, threshold=options.threshold, min_area=options.min_area / pixel,
-            max_hole=options.max_hole / pixel, neck=options.neck,
-        )  # fmt: skip
+        labels, probability = found
         return labels, particles.measure(labels, probability, sampling=movie.stack.sampling)
 
 

@@ -123,11 +123,20 @@ def too_dim_for_species(settings: Settings, *, dose: float) -> float | None:
     return least if dose < least else None
 
 
-def require_species(settings: Settings, *, planes: int, sampling: float) -> None:
-    """Refuse a species model that was trained for another kind of data: mode, images per time point, sampling [Å/px].
+def require_fit(settings: Settings, *, planes: int, sampling: float) -> None:
+    """Refuse settings whose networks were trained for other data: mode, images per time point, sampling [Å/px].
 
     Raises ``SettingsError`` with what was expected.
     """
+    if settings.drift.correct and settings.drift.anchor != "frame" and not finds_particles(settings, sampling):
+        limits = particle_range(settings)
+        words = (
+            "particles.model is none" if limits is None else f"they are found at {limits[0]:g} to {limits[1]:g} Å/px"
+        )
+        raise SettingsError(
+            f"drift.anchor is {settings.drift.anchor}, but particles cannot be found: {words}, and the sampling is "
+            f"{sampling:g} Å/px; set drift.anchor to frame, or particles.model to one that fits"
+        )
     if settings.species.model is None:
         return
     model = species_network(settings.species.model, "cpu")

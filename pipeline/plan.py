@@ -39,6 +39,8 @@ STEPS: Mapping[str, tuple[int, str | None, tuple[str, ...]]] = {
         "segment", "columns", "particles", "fourier.band", "fourier.significance", "species", "images.save")),
     "collect": (2, "process", ("images.examples", "fourier.threshold")),
 }  # fmt: skip
+# What the first step reads besides where drift is that of particles, or of what is none.
+ANCHOR = ("drift.anchor", "particles")
 # What each step reads of the movie's calibration: recalibration redoes nothing that was computed in pixels.
 CALIBRATION = {
     "calibrate": ("counts_per_electron",), "survey": ("planes",), "adapt": ("gaps",), "vote": ("sampling",),
@@ -124,8 +126,13 @@ def dependencies(
         mine = {k: v for k, v in flat.items() if any(k == s or k.startswith(s + ".") for s in sections)}
         mine.pop("denoise.group", None)  # a name; what is taken over is `lead`
         inherited = found[before] if before else {"source.content": content}
-        weights = {f"{name}.weights": loaded[name] for name in WEIGHTS.get(step, ()) if name in loaded}
+        named = WEIGHTS.get(step, ())
         stated = {f"stack.{name}": facts[name] for name in CALIBRATION.get(step, ()) if name in facts}
+        if step == "calibrate" and settings.drift.correct and settings.drift.anchor != "frame":
+            mine |= {k: v for k, v in flat.items() if k == ANCHOR[0] or k.startswith(f"{ANCHOR[1]}.")}
+            stated["stack.sampling"] = facts["sampling"]
+            named = (*named, "particles")
+        weights = {f"{name}.weights": loaded[name] for name in named if name in loaded}
         stated |= references if step == "calibrate" else {}
         stated |= {"denoise.group.lead": lead} if step == "adapt" and lead else {}
         found[step] = {**inherited, **mine, **stated, **weights, f"{step}.version": version}

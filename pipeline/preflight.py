@@ -59,13 +59,13 @@ def problems_of(job: Job) -> tuple[list[str], list[str]]:
             models.require_halo(movie.settings)
             if movie.files.reader == "stack":
                 stack = open_ingested(movie.files.paths[0], movie.settings.source)
-                models.require_species(movie.settings, planes=stack.planes, sampling=stack.sampling)
+                models.require_fit(movie.settings, planes=stack.planes, sampling=stack.sampling)
                 facts.append(f"{movie.name}: stack {stack.shape}, {stack.sampling:g} Å/px")
                 continue
             description = describe(movie.files, overrides_of(movie.settings))
             cut = plan_cut(description, movie.settings.source)
             planes = len(description.defocus) if description.defocus else 1
-            models.require_species(movie.settings, planes=planes, sampling=description.sampling * cut.binning)
+            models.require_fit(movie.settings, planes=planes, sampling=description.sampling * cut.binning)
             facts.append(_fact(description))
         except ColonnadeError as error:
             problems.append(f"{movie.name}: {error}")

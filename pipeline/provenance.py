@@ -70,6 +70,18 @@ def _notes(found: Mapping[str, Mapping[str, Any]], stack: store.Stack, settings:
         notes.append("counts are not calibrated: electrons are effective ones fitted to the noise; dose is left out")
     if found["vote"].get("usable") is False:
         notes.append(f"no columns were looked for: {stack.sampling:g} Å/px is outside of what the network resolves")
+    if settings.drift.correct and settings.drift.anchor != "frame":
+        what = {
+            "support": "what lies outside of particles",
+            "particle": "the particles",
+            "largest": "the largest particle",
+        }
+        seen = found["calibrate"].get("anchored")
+        notes.append(
+            f"drift is that of {what[settings.drift.anchor]} (drift.anchor)"
+            if seen
+            else f"no sample frame shows {what[settings.drift.anchor]} (drift.anchor): drift is that of the whole view"
+        )
     limits = particle_range(settings)
     if limits is not None and not finds_particles(settings, stack.sampling):
         notes.append(

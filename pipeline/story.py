@@ -122,7 +122,7 @@ def ingest(engine: Engine, movie: PlannedMovie) -> store.Stack:
     target.parent.mkdir(parents=True, exist_ok=True)
     cut = plan_cut(description, settings.source)
     planes = len(description.defocus) if description.defocus else 1
-    require_species(movie, planes=planes, sampling=description.sampling * cut.binning)
+    require_fit(movie, planes=planes, sampling=description.sampling * cut.binning)
     require_memory(engine, settings, cut.shape, binned_dtype(description.dtype, cut.binning).itemsize, planes)
     engine.progress.begin(movie.name, "ingest", cut.shape[0])
     write_stack(
@@ -132,10 +132,10 @@ def ingest(engine: Engine, movie: PlannedMovie) -> store.Stack:
     return store.open_stack(target)
 
 
-def require_species(movie: PlannedMovie, *, planes: int, sampling: float) -> None:
-    """Refuse a movie that its species model was not trained for; the others of the job go on."""
+def require_fit(movie: PlannedMovie, *, planes: int, sampling: float) -> None:
+    """Refuse a movie that its networks were not trained for; the others of the job go on."""
     try:
-        models.require_species(movie.settings, planes=planes, sampling=sampling)
+        models.require_fit(movie.settings, planes=planes, sampling=sampling)
     except SettingsError as error:
         raise SourceError(str(error)) from None
 
@@ -173,7 +173,7 @@ class Story:
             str(stack.path), str(self.path), str(self.parts), stack.shape[0], self.settings,
             tuple(self.keys.items()), engine.device, lead=self.lead,
         )  # fmt: skip
-        require_species(movie, planes=stack.planes, sampling=stack.sampling)
+        require_fit(movie, planes=stack.planes, sampling=stack.sampling)
         require_memory(engine, movie.settings, stack.shape, stack.counts.dtype.itemsize, stack.planes)
         self._require_plane()
         leads = None if self.lead else Lead(movie.name, self.keys["adapt"], str(self._global_part("adapt")))

@@ -99,6 +99,11 @@ class Drift(Section):
     """How the specimen moved."""
 
     correct: bool = Field(True, description="estimate drift; false: the specimen is taken to be still")
+    anchor: Literal["frame", "support", "particle", "largest"] = Field(
+        "frame",
+        description="what stands still once drift is taken out: the view as a whole, what lies outside of particles, "
+        "the particles, or the largest one",
+    )
     lags: tuple[Count, ...] = Field((1, 2, 4, 8), description="frames apart of the pairs that are compared")
     band: tuple[Positive, Positive] = Field((0.01, 0.35), description="[low, high] frequencies used, cycles per pixel")
     taper: Probability = Field(0.15, description="part of the field, on each side, over which the window falls to zero")

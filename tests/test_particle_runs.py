@@ -7,10 +7,12 @@ import pytest
 import xarray as xr
 
 from pipeline import query
+from pipeline.preflight import problems_of
 from schemas import variables
 from schemas.conventions import CONTACT, INTERPRETABLE
 from schemas.particles import PARTICLES
 from tests import e2e_tools as tools
+from tests.steps.test_anchor import scene
 
 SHAPE = (160, 176)
 DISCS = (
@@ -151,3 +153,40 @@ def test_a_sampling_that_the_network_does_not_know_is_told(movie, tmp_path):
     with xr.open_datatree(outcome.path, engine="zarr", consolidated=False) as tree:
         notes = tree.attrs["colonnade"]["notes"]
     assert any("no particles were looked for: 0.2 Å/px" in note and "0.8 to 1.1 Å/px" in note for note in notes)
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory):
+    """A TIFF of a crystalline disc that walks over a granular film, and the paths of film and disc [px]."""
+    counts, film, disc, _ = scene(1, dose=20.0)
+    return tools.write_movie(tmp_path_factory.mktemp("divided") / "walk.tif", counts.astype(np.uint16)), film, disc
+
+
+@pytest.mark.parametrize(("which", "block"), [("support", 4), ("particle", 4), ("largest", 16)])
+def test_drift_is_that_of_what_the_anchor_names(divided, tmp_path, which, block):
+    """With the shipped network of particles, which is shown nothing but the movie; no cut matters."""
+    source, film, disc = divided
+    settings = {"denoise.network": "none", "drift.anchor": which, "blocks.frames": block}
+    (outcome,) = tools.run_job(source, tmp_path, **settings)
+    table = tools.tables(outcome.path)["frames"]
+    found = np.stack([table[f"drift_{axis}"].values for axis in "yx"], 1) / tools.SAMPLING
+    wanted, other = (film, disc) if which == "support" else (disc, film)
+    off = found - wanted
+    assert np.sqrt(np.mean((off - off.mean(0)) ** 2)) < 0.3
+    assert np.abs(found - other).max() > 5
+    with xr.open_datatree(outcome.path, engine="zarr", consolidated=False) as tree:
+        assert any("(drift.anchor)" in note and "drift is that of" in note for note in tree.attrs["colonnade"]["notes"])
+
+
+def test_an_anchor_that_is_not_seen_is_told_and_one_that_cannot_be_is_refused(movie, model, tmp_path):
+    settings = {**FINDS, "denoise.network": "none", "drift.anchor": "particle"}
+    (outcome,) = tools.run_job(
+        movie[0], tmp_path / "unseen", **settings, particles__model=model, particles__min_area=1e6
+    )
+    with xr.open_datatree(outcome.path, engine="zarr", consolidated=False) as tree:
+        notes = tree.attrs["colonnade"]["notes"]
+    assert any("no sample frame shows the particles" in note and "the whole view" in note for note in notes)
+    path = np.stack([tools.tables(outcome.path)["frames"][f"drift_{axis}"].values for axis in "yx"], 1)
+    assert path / tools.SAMPLING == pytest.approx(movie[1], abs=0.3)
+    job = tools.job(movie[0], tmp_path / "refused", **settings, particles__model=None)
+    assert any("drift.anchor is particle" in one and "particles.model is none" in one for one in problems_of(job)[0])

@@ -79,7 +79,7 @@ def test_a_setting_changes_the_steps_that_read_it_and_those_after(
 
 def test_every_setting_belongs_to_a_step_or_changes_no_result() -> None:
     """A setting that no fingerprint knows would let stale results pass for new ones."""
-    read = [name for _, _, names in plan.STEPS.values() for name in names]
+    read = [*plan.ANCHOR, *(name for _, _, names in plan.STEPS.values() for name in names)]
     elsewhere = {
         # These change the stack: its pixels are hashed, its calibration is part of the fingerprints.
         "source.sampling", "source.frame_interval", "source.energy", "source.counts_per_electron", "source.defocus",
@@ -90,6 +90,16 @@ def test_every_setting_belongs_to_a_step_or_changes_no_result() -> None:
     for name in flatten(Settings().model_dump()):
         known = any(name == entry or name.startswith(f"{entry}.") for entry in read)
         assert known != (name in elsewhere), name
+
+
+def test_where_drift_is_that_of_particles_it_depends_on_how_they_are_found(weights: list[str]) -> None:
+    anchored = [*weights, "drift.anchor=particle"]
+    assert changed(keys(weights), keys(anchored)) == STEPS
+    for one in ("drift.anchor=support", "particles.threshold=0.4", "particles.model=none"):
+        assert changed(keys(anchored), keys([*anchored, one])) == STEPS
+    assert changed(keys(anchored), keys(anchored, sampling=0.21)) == STEPS
+    still = [*weights, "drift.correct=false"]
+    assert changed(keys(still), keys([*still, "drift.anchor=particle"])) == ()
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from pipeline.steps.drift_solve import DriftPath, solve_path
 from pipeline.steps.drift_weight import (
     frequencies,
     limited,
+    masked,
     multiplicity,
     spectral_weight,
     spectrum,
@@ -78,6 +79,7 @@ def pair_shifts(
     max_shift: float,
     taper: float,
     limit: float,
+    masks: Float | None = None,
     device: str = "cpu",
 ) -> dict[str, Double]:
     """Measure the shift of each pair of frames.
@@ -88,6 +90,7 @@ def pair_shifts(
     max_shift: largest shift looked for, as a part of the field. taper: as in `spectral_weight`.
     limit: bound on what stands out of a frame, in units of the amplitude that 90 % of its filtered image stays below,
     so that a small bright object that changes (an impurity, a cluster) does not drown the lattice or the support.
+    masks: (n, y, x) 0 … 1, what of each frame counts, where that is not all of it; a frame of zeros cannot be used.
     Returns float64 arrays: dy, dx (m, 2 candidates) [px], best first, the others by height; height (m, 2 candidates),
     the weighted coherence (1 for equal frames, about 0 for unrelated ones); loglik (m, 2 candidates), log-likelihood
     relative to the highest, calibrated by the scatter of the phases; dy_err, dx_err (m,) [px], of the best. Missing
@@ -100,6 +103,8 @@ def pair_shifts(
     correlator = _Correlator((frames.shape[1], frames.shape[2]), weight, taper, device)
     wiener = tensor(weight[1], device)
     known: dict[int, _Frame] = {}
+    if masks is not None:
+        good = good & (masks > 0).any(axis=(1, 2))
     for row, (i, j) in enumerate(pairs):
         if not (good[i] and good[j]):
             continue
@@ -108,27 +113,30 @@ def pair_shifts(
         for index in (int(i), int(j)):
             if index not in known:
                 image, within = limited(tensor(frames[index], device), wiener, limit)
-                known[index] = correlator.transform(image, correlator.gathering(image, within))
+                mask = None if masks is None else tensor(masks[index], device)
+                image = image if mask is None else masked(image, mask)
+                known[index] = correlator.transform(image, correlator.gathering(image, within, mask))
         measured = correlator.measure(known[int(i)], known[int(j)], candidates=candidates, max_shift=max_shift)
         for name, value in measured.items():
             result[name][row] = value
     return {name: value[:, 0] if name.endswith("_err") else value for name, value in result.items()}
 
 
-def estimate(frames: Float, good: Bool, **options: Any) -> DriftPath:
+def estimate(frames: Float, good: Bool, *, masks: Float | None = None, **options: Any) -> DriftPath:
     """The drift of a movie (n, y, x) [electrons] that fits in memory: what a run does block by block, in one go.
 
-    good: (n,), frames that may be used. options: all settings of `spectral_weight`, `pair_list`, `pair_shifts` and
-    `solve_path`, by their names there.
+    good: (n,), frames that may be used; masks: see `pair_shifts`. options: all settings of `spectral_weight`,
+    `pair_list`, `pair_shifts` and `solve_path`, by their names there.
     """
 
     def chosen(*names: str) -> dict[str, Any]:
         return {name: options[name] for name in names}
 
-    weight = spectral_weight(frames[good], **chosen("band", "taper", "change", "limit"))
+    own = None if masks is None else masks[good]
+    weight = spectral_weight(frames[good], masks=own, **chosen("band", "taper", "change", "limit"))
     pairs = pair_list(len(frames), start=0, stop=len(frames), lags=options["lags"])
     correlation = chosen("candidates", "max_shift", "taper", "limit")
-    shifts = pair_shifts(frames, pairs, good=good, weight=weight, **correlation)
+    shifts = pair_shifts(frames, pairs, good=good, weight=weight, masks=masks, **correlation)
     return solve_path(len(frames), pairs, shifts, good=good, **chosen("max_motion", "cauchy"))
 
 
@@ -183,19 +191,20 @@ class _Correlator:
         inner = columns[self.rows]
         return _Frame(image, columns, inner, (inner.real.square() + inner.imag.square()).double(), gathering)
 
-    def gathering(self, image: torch.Tensor, within: torch.Tensor) -> Double:
+    def gathering(self, image: torch.Tensor, within: torch.Tensor, mask: torch.Tensor | None) -> Double:
         """How noise gathers where the image tells about its shift (see `_Frame`), (2,) y, x.
 
         The window makes neighbouring frequencies share their noise, counts vary from place to place, and what was
-        limited, outside of `within` (y, x), has lost its noise with its excess. What matters is the noise where the
-        gradient is, weighted like the correlation.
+        limited, outside of `within` (y, x), has lost its noise with its excess, as has what a mask hides. What matters
+        is the noise where the gradient is, weighted like the correlation.
         """
         near = image[None, None]
         for kernel in ((_LOCAL, 1), (1, _LOCAL)):  # a mean over a square is one of means along its sides
             near = torch.nn.functional.avg_pool2d(
                 near, kernel, stride=1, padding=(kernel[0] // 2, kernel[1] // 2), count_include_pad=False
             )
-        noise = self.window.square() * near[0, 0].clamp(min=0)
+        window = self.window if mask is None else self.window * mask
+        noise = window.square() * near[0, 0].clamp(min=0)
         average = float(noise.double().mean())
         weighted = spectrum(image, self.window)[:, self.columns] * self.weight
         found = np.full(2, self.redundancy)

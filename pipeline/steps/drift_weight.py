@@ -17,7 +17,14 @@ _LEAST_NOISE = 0.05
 
 
 def spectral_weight(
-    sample: Float, *, band: tuple[float, float], taper: float, change: float, limit: float, device: str = "cpu"
+    sample: Float,
+    *,
+    band: tuple[float, float],
+    taper: float,
+    change: float,
+    limit: float,
+    masks: Float | None = None,
+    device: str = "cpu",
 ) -> Float:
     """Learn from a sample of the movie how to weigh its spatial frequencies.
 
@@ -26,9 +33,10 @@ def spectral_weight(
     taper: part of the field on each side over which the window falls to zero.
     change: part of the signal that differs between frames for other reasons than drift; it counts as noise, which turns
     the weights from a matched filter (0) towards phase correlation.
-    limit: see `pair_shifts`.
+    limit, masks: see `pair_shifts`.
     Returns (3, y, x // 2 + 1) float32 in rfft2 layout: the weights of the cross-power, normalised so that a frame
-    correlates with itself to about 1; the Wiener filter S/(S + N) that shows what of a frame is not noise; and N.
+    correlates with itself to about 1; the Wiener filter S/(S + N) that shows what of a frame, unmasked, is not noise;
+    and N.
     """
     if len(sample) == 0:
         raise ValueError("spectral_weight got no frames; it needs at least one good frame of the movie")
@@ -41,7 +49,16 @@ def spectral_weight(
     noise = _noise_power(power, radius, max(float(np.mean(sample)), 0.0) * float((window**2).sum()))
     signal = (power - noise * (1 + len(sample) ** -0.5)).clamp(min=0)
     wiener = (limits * signal / (signal + noise)).to(torch.float32)
-    power = _mean_power((limited(tensor(frame, device), wiener, limit)[0] for frame in sample), window)
+    images = (limited(tensor(frame, device), wiener, limit)[0] for frame in sample)
+    if masks is not None:
+        kept = [tensor(mask, device) for mask in masks]
+        images = (masked(image, mask) for image, mask in zip(images, kept, strict=True))
+    power = _mean_power(images, window)
+    if masks is not None:
+        poisson = np.mean(
+            [float((tensor(f, device) * (window * m) ** 2).sum()) for f, m in zip(sample, kept, strict=True)]
+        )
+        noise = _noise_power(power, radius, max(float(poisson), 0.0))
     signal = (power - noise * (1 + len(sample) ** -0.5)).clamp(min=0)
     other = noise + change * signal
     weight = signal / (other * (other + 2 * signal)) * limits
@@ -68,6 +85,12 @@ def limited(frame: torch.Tensor, wiener: torch.Tensor, limit: float) -> tuple[to
     bound = limit * float(torch.kthvalue(few, max(1, int(_COMMON * len(few)))).values)
     excess: torch.Tensor = image - image.clamp(-bound, bound)
     return frame - excess, excess == 0
+
+
+def masked(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The image (y, x) where the mask is 1, and its mean there where the mask is 0."""
+    level = (image.double() * mask).sum() / mask.double().sum().clamp_min(1e-12)
+    return level.float() + (image - level.float()) * mask
 
 
 def _noise_power(power: torch.Tensor, radius: torch.Tensor, poisson: float) -> torch.Tensor:
