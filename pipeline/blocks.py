@@ -124,18 +124,18 @@ def _frequency_weight(electrons: np.ndarray, movie: Movie) -> tuple[np.ndarray, 
     weight = weigh(electrons)
     if options.anchor == "frame":
         return weight, False
-    masks = _masks(movie, electrons, weight[1])
+    masks = _masks(movie, electrons, weight[1], np.ones(len(electrons), dtype=bool))
     seen = masks.any(axis=(1, 2))
     return (weigh(electrons[seen], masks=masks[seen]), True) if seen.any() else (weight, False)
 
 
-def _masks(movie: Movie, electrons: np.ndarray, wiener: np.ndarray) -> np.ndarray:
-    """What of each frame (time, y, x) counts for the drift of what `drift.anchor` names; zero where it is not seen."""
+def _masks(movie: Movie, electrons: np.ndarray, wiener: np.ndarray, good: np.ndarray) -> np.ndarray:
+    """What of each good frame (time, y, x) counts for drift of what `drift.anchor` names; zero if that is none."""
     masks = np.zeros(electrons.shape, dtype=np.float32)
-    for mask, frame in zip(masks, electrons, strict=True):
-        found = inference.particles_in(movie, anchor.filtered(frame, wiener)) if np.isfinite(frame).all() else None
+    for index in np.flatnonzero(good):
+        found = inference.particles_in(movie, anchor.filtered(electrons[index], wiener))
         if found is not None:
-            mask[:] = anchor.mask(found[0], movie.settings.drift.anchor)
+            masks[index] = anchor.mask(found[0], movie.settings.drift.anchor)
     return masks
 
 
@@ -159,11 +159,10 @@ def survey(task: Task) -> Mapping[str, Any]:
             electrons = movie.electrons(counts)
         pairs = drift.pair_list(task.frames, start=task.start, stop=task.stop, lags=options.lags)
         with clock("drift"):
-            masks = _masks(movie, electrons, weight[1]) if facts.get("anchored") else None
+            counted = _masks(movie, electrons, weight[1], good) if facts.get("anchored") else good
             shifts = drift.pair_shifts(
-                electrons, pairs - task.start, good=good, weight=weight, candidates=options.candidates,
-                max_shift=options.max_shift, taper=options.taper, limit=options.limit, masks=masks,
-                device=task.device,
+                electrons, pairs - task.start, good=counted, weight=weight, candidates=options.candidates,
+                max_shift=options.max_shift, taper=options.taper, limit=options.limit, device=task.device,
             )  # fmt: skip
         arrays |= {"pairs": pairs, **{f"shift_{name}": values for name, values in shifts.items()}}
     if movie.stack.planes > 1:

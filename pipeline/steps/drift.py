@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.steps.drift_pixels import common_field, whole_path, whole_pixels
 from pipeline.steps.drift_solve import DriftPath, solve_path
 from pipeline.steps.drift_weight import (
     frequencies,
@@ -73,24 +74,23 @@ def pair_shifts(
     frames: Float,
     pairs: Integer,
     *,
-    good: Bool,
+    good: Bool | Float,
     weight: Float,
     candidates: int,
     max_shift: float,
     taper: float,
     limit: float,
-    masks: Float | None = None,
     device: str = "cpu",
 ) -> dict[str, Double]:
     """Measure the shift of each pair of frames.
 
-    frames: (n, y, x) [electrons]; pairs: (m, 2) indices into frames; good: (n,), frames that may be used.
+    frames: (n, y, x) [electrons]; pairs: (m, 2) indices into frames. good: (n,), frames that may be used; or (n, y, x)
+    from 0 to 1, masks of what counts of each frame, which may be used if that is not nothing.
     weight: from `spectral_weight`, of the movie. candidates: how many of the highest maxima to keep per pair, and how
     many of the nearest: the maxima of a perfect sheet are legion and noise alone says which is the highest.
     max_shift: largest shift looked for, as a part of the field. taper: as in `spectral_weight`.
     limit: bound on what stands out of a frame, in units of the amplitude that 90 % of its filtered image stays below,
     so that a small bright object that changes (an impurity, a cluster) does not drown the lattice or the support.
-    masks: (n, y, x) 0 … 1, what of each frame counts, where that is not all of it; a frame of zeros cannot be used.
     Returns float64 arrays: dy, dx (m, 2 candidates) [px], best first, the others by height; height (m, 2 candidates),
     the weighted coherence (1 for equal frames, about 0 for unrelated ones); loglik (m, 2 candidates), log-likelihood
     relative to the highest, calibrated by the scatter of the phases; dy_err, dx_err (m,) [px], of the best. Missing
@@ -103,17 +103,16 @@ def pair_shifts(
     correlator = _Correlator((frames.shape[1], frames.shape[2]), weight, taper, device)
     wiener = tensor(weight[1], device)
     known: dict[int, _Frame] = {}
-    if masks is not None:
-        good = good & (masks > 0).any(axis=(1, 2))
+    usable = _usable(good)
     for row, (i, j) in enumerate(pairs):
-        if not (good[i] and good[j]):
+        if not (usable[i] and usable[j]):
             continue
         for index in [k for k in known if k < i]:
             del known[index]
         for index in (int(i), int(j)):
             if index not in known:
                 image, within = limited(tensor(frames[index], device), wiener, limit)
-                mask = None if masks is None else tensor(masks[index], device)
+                mask = tensor(good[index], device) if good.ndim > 1 else None
                 image = image if mask is None else masked(image, mask)
                 known[index] = correlator.transform(image, correlator.gathering(image, within, mask))
         measured = correlator.measure(known[int(i)], known[int(j)], candidates=candidates, max_shift=max_shift)
@@ -122,22 +121,28 @@ def pair_shifts(
     return {name: value[:, 0] if name.endswith("_err") else value for name, value in result.items()}
 
 
-def estimate(frames: Float, good: Bool, *, masks: Float | None = None, **options: Any) -> DriftPath:
+def _usable(good: Bool | Float) -> Bool:
+    """Which frames may be used (n,), by flags (n,) or masks (n, y, x)."""
+    return np.asarray(good, dtype=bool) if good.ndim == 1 else np.asarray((good > 0).any(axis=(1, 2)))
+
+
+def estimate(frames: Float, good: Bool | Float, **options: Any) -> DriftPath:
     """The drift of a movie (n, y, x) [electrons] that fits in memory: what a run does block by block, in one go.
 
-    good: (n,), frames that may be used; masks: see `pair_shifts`. options: all settings of `spectral_weight`,
-    `pair_list`, `pair_shifts` and `solve_path`, by their names there.
+    good: as in `pair_shifts`. options: all settings of `spectral_weight`, `pair_list`, `pair_shifts` and `solve_path`,
+    by their names there.
     """
 
     def chosen(*names: str) -> dict[str, Any]:
         return {name: options[name] for name in names}
 
-    own = None if masks is None else masks[good]
-    weight = spectral_weight(frames[good], masks=own, **chosen("band", "taper", "change", "limit"))
+    usable = _usable(good)
+    masks = np.asarray(good[usable], dtype=np.float32) if good.ndim > 1 else None
+    weight = spectral_weight(frames[usable], masks=masks, **chosen("band", "taper", "change", "limit"))
     pairs = pair_list(len(frames), start=0, stop=len(frames), lags=options["lags"])
     correlation = chosen("candidates", "max_shift", "taper", "limit")
-    shifts = pair_shifts(frames, pairs, good=good, weight=weight, masks=masks, **correlation)
-    return solve_path(len(frames), pairs, shifts, good=good, **chosen("max_motion", "cauchy"))
+    shifts = pair_shifts(frames, pairs, good=good, weight=weight, **correlation)
+    return solve_path(len(frames), pairs, shifts, good=usable, **chosen("max_motion", "cauchy"))
 
 
 class _Frame(NamedTuple):
@@ -366,36 +371,3 @@ def _moved(frame: torch.Tensor, dy: int, dx: int) -> torch.Tensor:
         max(0, dy) : height - max(0, -dy), max(0, dx) : width - max(0, -dx)
     ]
     return result
-
-
-def whole_pixels(drift: Double) -> Integer:
-    """Round a drift (…, 2) [px] to whole pixels; halves go up, so that 0.5 → 1 and −0.5 → 0 everywhere."""
-    return np.asarray(np.floor(np.asarray(drift, dtype=np.float64) + 0.5), dtype=np.int64)
-
-
-def whole_path(drift: Double) -> Integer:
-    """Round the drift of a whole movie (n, 2) [px] to whole pixels (n, 2), so that frames lie on each other well.
-
-    Only differences between frames matter, so zero may lie anywhere between two pixels. It is put where the drift's
-    fractions gather: a specimen that stands still, or steps by whole pixels, would else change its pixel by noise if
-    the first frame was found half a pixel off. Fractions that gather nowhere lose nothing.
-    """
-    if len(drift) == 0:
-        return np.zeros((0, 2), dtype=np.int64)
-    origin = np.angle(np.exp(1j * _TAU * drift).mean(axis=0)) / _TAU
-    return whole_pixels(drift - origin)
-
-
-def common_field(drift: Double, shape: tuple[int, int]) -> tuple[slice, slice]:
-    """Return the part (y, x) of frame 0's axes that is inside the field of view in every frame.
-
-    drift: (n, 2) [px], specimen motion. A point p of frame 0 is seen in frame t at p + drift[t].
-    Slices are empty where no point is seen throughout.
-    """
-    fields = []
-    for axis, n in enumerate(shape):
-        low, high = np.nanmin(drift[:, axis]), np.nanmax(drift[:, axis])
-        first = max(0, int(np.ceil(-low)))
-        last = min(n - 1, int(np.floor(n - 1 - high)))
-        fields.append(slice(first, max(first, last + 1)))
-    return fields[0], fields[1]

@@ -33,7 +33,7 @@ def spectral_weight(
     taper: part of the field on each side over which the window falls to zero.
     change: part of the signal that differs between frames for other reasons than drift; it counts as noise, which turns
     the weights from a matched filter (0) towards phase correlation.
-    limit, masks: see `pair_shifts`.
+    limit: see `pair_shifts`; masks (time, y, x): what counts of each frame, from 0 to 1, where that is not all of it.
     Returns (3, y, x // 2 + 1) float32 in rfft2 layout: the weights of the cross-power, normalised so that a frame
     correlates with itself to about 1; the Wiener filter S/(S + N) that shows what of a frame, unmasked, is not noise;
     and N.

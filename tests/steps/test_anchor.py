@@ -85,8 +85,7 @@ def test_drift_is_that_of_what_is_named(which: anchor.Anchor, dose: float) -> No
     """The disc moves by 9 px on its film; each is followed to a fraction of a pixel, with errors that say so."""
     counts, film, disc, labels = scene(1, dose=dose)
     masks = np.array([anchor.mask(one, which) for one in labels])
-    good = np.ones(FRAMES, bool)
-    found = drift.estimate(counts, good, masks=masks, lags=(1, 2, 4, 8), **{**WEIGHT, **PAIRS, **SOLVE})
+    found = drift.estimate(counts, masks, lags=(1, 2, 4, 8), **{**WEIGHT, **PAIRS, **SOLVE})
     wanted, other = (film, disc) if which == "support" else (disc, film)
     off = found.drift - wanted
     assert np.sqrt(np.mean((off - off.mean(0)) ** 2)) < 0.2
@@ -98,10 +97,9 @@ def test_a_frame_that_does_not_show_it_is_bridged() -> None:
     counts, _, disc, labels = scene(3, dose=20.0)
     masks = np.array([anchor.mask(one, "particle") for one in labels])
     masks[5] = 0
-    good = np.ones(FRAMES, bool)
     weight = drift.spectral_weight(counts[masks.any(axis=(1, 2))], masks=masks[masks.any(axis=(1, 2))], **WEIGHT)
     pairs = drift.pair_list(FRAMES, start=0, stop=FRAMES, lags=(1, 2, 4, 8))
-    shifts = drift.pair_shifts(counts, pairs, good=good, weight=weight, masks=masks, **PAIRS)
+    shifts = drift.pair_shifts(counts, pairs, good=masks, weight=weight, **PAIRS)
     np.testing.assert_array_equal(np.isnan(shifts["dy"][:, 0]), (pairs == 5).any(axis=1))
-    found = drift.solve_path(FRAMES, pairs, shifts, good=good, **SOLVE)
+    found = drift.solve_path(FRAMES, pairs, shifts, good=masks.any(axis=(1, 2)), **SOLVE)
     assert np.abs(found.drift - disc).max() < 0.4
