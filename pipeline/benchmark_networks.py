@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from pipeline.networks.msdnet import MSDNet
 from pipeline.networks.unet import UNet
 from pipeline.networks.wcvd import RELEASED
 from pipeline.networks.weights import SHIPPED, denoiser_of, load_weights
-from pipeline.steps.denoise import DType, FrameLinks, denoise, has_bfloat16, measure_level
+from pipeline.steps.denoise import DType, FrameLinks, denoise, has_bfloat16, measure_level, reduced_precision
 from schemas.settings import Denoise
 
 UNET = "U-Net 16-32-64"
@@ -101,13 +102,17 @@ class DenoiserSpeed:
 
 
 def measure_denoisers(edge: int, *, device: str, repeats: int) -> Iterator[DenoiserSpeed]:
-    """Every tier and WCVD on the middle one of seven frames of `edge` × `edge` px, one thread, tiles as by default."""
+    """Every tier and WCVD on the middle one of seven frames of `edge` × `edge` px, one thread, tiles as by default.
+
+    The last tier once more with parts of the view followed (`denoise.motion`).
+    """
     options = Denoise()
     frames = np.random.default_rng(0).poisson(1.0, (7, edge, edge)).astype(np.float32)
     links = FrameLinks(np.zeros((7, 2), np.int64), np.ones(7, bool), np.zeros(7, np.int64))
     level = measure_level(frames, readout_variance=0.0)
     kept = torch.from_numpy(frames).to(device)
     found: dict[str, Any] = {tier: load_weights(denoiser_of(tier)).module for tier in TIERS}
+    found["large, parts followed"] = _following(found["large"])
     found["WCVD"] = untrained("wcvd", RELEASED, seed=0)
     for name, network in found.items():
         dtypes: tuple[DType, ...] = ("float32", "bfloat16") if has_bfloat16(device) else ("float32",)
@@ -118,6 +123,43 @@ def measure_denoisers(edge: int, *, device: str, repeats: int) -> Iterator[Denoi
             )  # fmt: skip
             run()
             yield DenoiserSpeed(name, dtype, network.macs_per_pixel, _shortest(run, device, repeats))
+
+
+def measure_throughput(edge: int, *, device: str, frames: int, repeats: int) -> Iterator[DenoiserSpeed]:
+    """Every tier, seconds per frame of `edge` × `edge` px: the network alone on a batch of `frames`, on a GPU also
+    compiled into a CUDA graph, and from frames in host memory to denoised ones there, parts followed."""
+    options = Denoise()
+    dtype: DType = "bfloat16" if has_bfloat16(device) else "float32"
+    counts = np.random.default_rng(0).poisson(1.0, (frames, edge, edge)).astype(np.float32)
+    links = FrameLinks(np.zeros((frames, 2), np.int64), np.ones(frames, bool), np.zeros(frames, np.int64))
+    level = measure_level(counts, readout_variance=0.0)
+    levels = torch.tensor(level, dtype=torch.float32, device=device)
+    for tier in TIERS:
+        network: Any = load_weights(denoiser_of(tier)).module.to(device).eval()
+        around = torch.from_numpy(counts).to(device)[:, None].repeat(1, len(network.offsets), 1, 1)
+        parts = around, torch.ones_like(around, dtype=torch.bool), levels, torch.zeros_like(around[:, 0])
+        forms = {"in a batch": network}
+        if device == "cuda":
+            forms["in a batch, compiled"] = torch.compile(network, mode="reduce-overhead")
+        with torch.inference_mode(), reduced_precision(device, dtype):
+            for words, form in forms.items():
+                for _ in range(3):  # compilation and the capture of its graph
+                    form(*parts)
+                seconds = _shortest(partial(form, *parts), device, repeats) / frames
+                yield DenoiserSpeed(f"{tier}, {words} of {frames}", dtype, network.macs_per_pixel, seconds)
+        run = partial(
+            denoise, _following(network), counts, range(frames), links=links, level=level, tile=options.tile,
+            dtype=dtype, device=device,
+        )  # fmt: skip
+        seconds = _shortest(run, device, repeats) / frames
+        yield DenoiserSpeed(f"{tier}, from and to host memory", dtype, network.macs_per_pixel, seconds)
+
+
+def _following(network: nn.Module) -> Any:
+    """The network, told that parts of its movie move on their own."""
+    found: Any = copy.deepcopy(network)
+    found.motion = (0.3, 0.15)
+    return found
 
 
 def _lively(network: nn.Module) -> nn.Module:
