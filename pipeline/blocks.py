@@ -194,7 +194,7 @@ def solve_drift(task: Task) -> Mapping[str, Any]:
     size = task.settings.blocks.frames or 0
     parts = [read_part(task.part("survey", *block))[0] for block in step_blocks("survey", task.frames, size)]
     good = np.concatenate([part["good"] for part in parts])
-    path, error = np.zeros((task.frames, 2)), np.zeros((task.frames, 2))
+    path, error, agreement = np.zeros((task.frames, 2)), np.zeros((task.frames, 2)), None
     if settings.drift.correct and "pairs" in parts[0]:
         prefix = "shift_"
         pairs = np.concatenate([part["pairs"] for part in parts])
@@ -209,7 +209,9 @@ def solve_drift(task: Task) -> Mapping[str, Any]:
                 cauchy=settings.drift.cauchy,
             )  # fmt: skip
         path, error = solved.drift, solved.error
+        agreement = solved.agreement if np.isfinite(solved.agreement) else None
     meta = {"fingerprint": dict(task.keys)["drift"], "good": int(good.sum()), "frames": task.frames}
+    meta["agreement"] = agreement
     arrays = {"drift": path, "error": error, "good": good}
     if "offsets" in parts[0]:
         with clock("focus"):

@@ -15,6 +15,7 @@ from pipeline import store
 from pipeline.models import cutoff, finds_particles, particle_range, too_dim_for_species
 from pipeline.movie import Task
 from pipeline.parts import read_meta
+from pipeline.steps.drift_solve import DOUBTFUL, LOST
 from pipeline.steps.lowpass import ROLL_OFF
 from schemas.settings import Settings
 
@@ -42,6 +43,7 @@ def describe_run(
             "noise": found["calibrate"].get("noise"),
             "bad_pixels": found["calibrate"].get("bad_pixels"),
             "good_frames": found["drift"].get("good"),
+            "drift_agreement": found["drift"].get("agreement"),
             "polarity": found["vote"].get("polarity"),
         },
         "plan": {"fingerprints": keys, "block_frames": size, "blocks": math.ceil(task.frames / size)},
@@ -81,6 +83,14 @@ def _notes(found: Mapping[str, Mapping[str, Any]], stack: store.Stack, settings:
             f"drift is that of {what[settings.drift.anchor]} (drift.anchor)"
             if seen
             else f"no sample frame shows {what[settings.drift.anchor]} (drift.anchor): drift is that of the whole view"
+        )
+    agreement = found["drift"].get("agreement")
+    if agreement is not None and agreement < DOUBTFUL:
+        told = f"only {agreement:.0%} of the pairs of frames agree with one path"
+        notes.append(
+            f"drift was not found: {told}; the specimen was taken to be still"
+            if agreement <= LOST
+            else f"drift is doubtful: {told}; its errors were widened"
         )
     limits = particle_range(settings)
     if limits is not None and not finds_particles(settings, stack.sampling):

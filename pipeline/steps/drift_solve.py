@@ -33,6 +33,11 @@ _ROUNDS = 12
 _MOST_EVIDENCE = 8.0
 _MOST_MISFIT = 8.0
 _SMALLEST_ERROR = 1e-3
+# A pair agrees with a path that leaves less than this of it [px]; only pairs beyond the shortest lag are asked, which
+# the path must reach over others, and at least so many. Of frames that have nothing in common up to half of them agree.
+_AGREED, _ASKED = 1.5, 3
+LOST, DOUBTFUL = 0.5, 0.7
+"""Agreement up to which a drift was not found, and below which its errors are widened by what pairs disagree."""
 
 
 class DriftPath(NamedTuple):
@@ -44,6 +49,8 @@ class DriftPath(NamedTuple):
     residual: (m, 2) [px], pair minus path for the candidate chosen, NaN where a pair was not usable.
     chosen: (m,) index of the candidate, −1 where a pair was not usable.
     weight: (m,) 0 … 1, how far the robust solution believed each pair.
+    agreement: share of the pairs of longer lags that agree with the path; NaN where there are too few to ask. Up to
+    `LOST` the pairs have nothing in common: the drift is zero then, and its errors what the motion could be.
     """
 
     drift: Double
@@ -51,6 +58,7 @@ class DriftPath(NamedTuple):
     residual: Double
     chosen: Integer
     weight: Double
+    agreement: float = float("nan")
 
 
 class _Pairs(NamedTuple):
@@ -80,8 +88,7 @@ def solve_path(
     chosen, weight = np.full(len(pairs), -1), np.zeros(len(pairs))
     residual = np.full((len(pairs), 2), np.nan)
     if not usable.any():
-        error = np.full((n_frames, 2), max_motion * np.sqrt(max(n_frames, 1)))
-        return DriftPath(np.zeros((n_frames, 2)), error * (n_frames > 1), residual, chosen, weight)
+        return DriftPath(*_unknown(n_frames, max_motion), residual, chosen, weight)
     start = int(np.flatnonzero(good)[0])
     choice = np.argmax(data.score + _prior(data, np.zeros(2), max_motion), axis=1)
     choice = _choose(n_frames, data, choice, good=good, max_motion=max_motion)
@@ -89,7 +96,21 @@ def solve_path(
     path, error = smooth_path(links, start=start, max_motion=max_motion)
     chosen[usable], weight[usable] = choice, believed
     residual[usable] = links.shift - (path[data.second] - path[data.first])
-    return DriftPath(path, error, residual, chosen, weight)
+    lag = pairs[:, 1] - pairs[:, 0]
+    left = np.hypot(*residual[usable & (lag > lag.min())].T)
+    agreement = float(np.mean(left < _AGREED)) if len(left) >= _ASKED else float("nan")
+    if agreement <= LOST:
+        path, error = _unknown(n_frames, max_motion)
+    elif agreement < DOUBTFUL:
+        # Two axes share what is left over of a pair; 68 % lie within one standard error.
+        error = np.hypot(error, np.quantile(left, 0.68) / np.sqrt(2)) * (error > 0)
+    return DriftPath(path, error, residual, chosen, weight, agreement)
+
+
+def _unknown(n_frames: int, max_motion: float) -> tuple[Double, Double]:
+    """Drift and standard errors (n, 2) [px] where the movie does not tell: still, or anywhere that motion leads to."""
+    error = np.full((n_frames, 2), max_motion * np.sqrt(max(n_frames, 1)))
+    return np.zeros((n_frames, 2)), error * (n_frames > 1)
 
 
 def _usable(pairs: Integer, shifts: dict[str, Double], good: Bool) -> tuple[Bool, _Pairs]:

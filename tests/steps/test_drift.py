@@ -353,3 +353,32 @@ def test_graphene_with_a_flipping_trimer_never_errs_by_a_lattice_vector() -> Non
     deviation = (centroid - centroid.mean(0)) - (path.drift - path.drift.mean(0))
     assert np.sqrt((deviation**2).mean()) < 0.8
     assert np.abs(deviation).max() < 4  # the shortest lattice vector is 31 px, the bond 18 px
+
+
+def test_frames_that_have_nothing_in_common_have_no_drift() -> None:
+    """Noise has as many maxima as anything; that pairs agree on one path is what tells a drift."""
+    options = {**WEIGHT, **PAIRS, **SOLVE, "lags": LAGS}
+    for seed, frames in ((0, 8), (1, 20), (2, 30)):
+        counts = np.random.default_rng(seed).poisson(0.5, (frames, 128, 128)).astype(np.float32)
+        found = drift.estimate(counts, np.ones(frames, bool), **options)
+        assert found.agreement <= 0.5
+        assert not found.drift.any()
+        assert found.error.min() > SOLVE["max_motion"]
+
+
+def test_pairs_of_a_specimen_agree_and_where_few_do_errors_are_widened() -> None:
+    rng = np.random.default_rng(4)
+    path = walk(rng, 20, 0.6)
+    options = {**WEIGHT, **PAIRS, **SOLVE, "lags": LAGS}
+    clean = record(specimen(rng, 256, "particle"), path, 160)
+    stated = {}
+    for dose in (2.0, 0.02):
+        found = drift.estimate(rng.poisson(dose * clean).astype(np.float32), np.ones(20, bool), **options)
+        stated[dose] = found.error[1:].mean()
+        if dose == 2.0:
+            assert found.agreement > 0.95
+        else:
+            assert found.agreement < 0.7
+            off = found.drift - path
+            assert np.sqrt(np.mean(off[1:] ** 2)) < 2 * stated[dose]
+    assert drift.estimate(clean[:2].astype(np.float32), np.ones(2, bool), **options).agreement != 1  # nobody to ask
