@@ -23,8 +23,8 @@ def test_noise_is_left_to_the_filter_and_shows_nothing(noise, tmp_path):
     run = open_run(outcome.path)
     assert all(name.startswith("wiener ") for name in run["frames/denoiser"].values)
     assert any("no network beat a Wiener filter" in note for note in run.attrs["colonnade"]["notes"])
-    assert any("drift was not found" in note for note in run.attrs["colonnade"]["notes"])
-    assert not run["frames/drift_y"].values.any() and (run["frames/drift_y_err"].values > 1 * tools.SAMPLING).all()
+    assert any(note.startswith("drift ") and "agree" in note for note in run.attrs["colonnade"]["notes"])
+    assert (run["frames/drift_y_err"].values[1:] > 1.5 * tools.SAMPLING).all()
     assert run["images/denoised/s0/denoised"].values.std() < 0.03
     assert run["frames/column_count"].values.sum() == 0
 

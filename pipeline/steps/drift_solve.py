@@ -33,10 +33,10 @@ _ROUNDS = 12
 _MOST_EVIDENCE = 8.0
 _MOST_MISFIT = 8.0
 _SMALLEST_ERROR = 1e-3
-# A pair agrees with a path that leaves less than this of it [px]; only pairs beyond the shortest lag are asked, which
-# the path must reach over others, and at least so many. Of frames that have nothing in common up to half of them agree.
-_AGREED, _ASKED = 1.5, 3
-LOST, DOUBTFUL = 0.5, 0.7
+# A pair agrees with a path that leaves less than this of it [px], at a maximum of this part of its highest one. Only
+# pairs beyond the shortest lag are asked, which the path must reach over others, and at least so many.
+_AGREED, _HIGH, _ASKED = 1.5, 0.8, 3
+LOST, DOUBTFUL = 0.3, 0.7
 """Agreement up to which a drift was not found, and below which its errors are widened by what pairs disagree."""
 
 
@@ -96,9 +96,11 @@ def solve_path(
     path, error = smooth_path(links, start=start, max_motion=max_motion)
     chosen[usable], weight[usable] = choice, believed
     residual[usable] = links.shift - (path[data.second] - path[data.first])
-    lag = pairs[:, 1] - pairs[:, 0]
-    left = np.hypot(*residual[usable & (lag > lag.min())].T)
-    agreement = float(np.mean(left < _AGREED)) if len(left) >= _ASKED else float("nan")
+    lag, height = data.second - data.first, shifts["height"][usable]
+    high = height[np.arange(len(choice)), choice] >= _HIGH * np.nanmax(height, axis=1)
+    asked = lag > lag.min()
+    left = np.hypot(*residual[usable][asked].T)
+    agreement = float(np.mean((left < _AGREED) & high[asked])) if len(left) >= _ASKED else float("nan")
     if agreement <= LOST:
         path, error = _unknown(n_frames, max_motion)
     elif agreement < DOUBTFUL:

@@ -361,7 +361,7 @@ def test_frames_that_have_nothing_in_common_have_no_drift() -> None:
     for seed, frames in ((0, 8), (1, 20), (2, 30)):
         counts = np.random.default_rng(seed).poisson(0.5, (frames, 128, 128)).astype(np.float32)
         found = drift.estimate(counts, np.ones(frames, bool), **options)
-        assert found.agreement <= 0.5
+        assert found.agreement <= 0.3
         assert not found.drift.any()
         assert found.error.min() > SOLVE["max_motion"]
 
