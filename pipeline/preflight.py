@@ -38,8 +38,9 @@ from pipeline.steps import denoise, segment
 from schemas.errors import ColonnadeError, ResourceError, SettingsError, SourceError
 from schemas.settings import Job, Settings
 
-# Frames that an adaptation estimates to judge itself: in the looks of both parts, before it and by the filter.
-LOOKS = (2 * CHECKS + 2) * CHECK_FRAMES
+# Frames that an adaptation estimates to judge itself: in the looks of the first part, after the last, before it and by
+# the filter.
+LOOKS = (CHECKS + 3) * CHECK_FRAMES
 TRIAL_EDGE = 256
 
 

@@ -30,8 +30,9 @@ from pipeline.steps.denoise import (
 from pipeline.steps.motion import learnt_spread
 
 CHECK_FRAMES = 32
-# Looks at the running mean over about MEMORY steps in a training, and how many in a row may be no better.
-CHECKS, PATIENCE = 6, 2
+# Looks at the running mean over about MEMORY steps in a training, and how many in a row may be no better. A look costs
+# as much as some twenty steps, so they lie at least so many apart.
+CHECKS, PATIENCE, APART = 6, 2, 100
 MEMORY = 150
 SURE = 2.0
 # The last part of the steps, in which a network is trained on its own estimates.
@@ -75,11 +76,12 @@ def adapt(
     and, the network being blind, it is minimal for the expected image. One in ten squares of 16 px is never a target;
     there the risk of both networks and of a `NeighbourWiener` is compared (E(y - mu)² - variance estimates the error of
     a blind estimate; the same pixels for all, so that their noise cancels). Of the training, the running mean of the
-    weights is looked at CHECKS times and the best kept; it ends when PATIENCE looks in a row were no better, since few
+    weights is looked at up to CHECKS times and the best kept; it ends when PATIENCE looks in a row were no better: few
     or dark frames are soon learnt by heart. The last third of the steps of a BlindSpot trains the best network on its
     own estimates, averaged over the eight symmetries of the square: nearer to the truth than one of them alone, and
-    with little noise. Training that did not help is thrown away, and so is a network that does not beat the filter by
-    more than chance: a movie of mere noise, say, is left to the filter, which makes a constant of it. `crop` [px],
+    with little noise; that is kept unless it did harm beyond chance. Training that did not help is thrown away, and so
+    is a network that does not beat the filter by more than chance: a movie of mere noise, say, is left to the filter,
+    which makes a constant of it. `crop` [px],
     `batch` crops per step; Adam with a learning rate that falls as a cosine. The same arguments give the same bits on
     one machine (one thread).
     """
@@ -121,7 +123,8 @@ def _which(initial: NDArray[np.float64], adapted: NDArray[np.float64], wiener: N
     """What to keep, by the risks of the three, frame by frame; not finite: there is none."""
     gained = _mean(adapted) < _mean(initial) or not np.isfinite(_mean(initial))
     kept, risks = ("adapted", adapted) if np.isfinite(_mean(adapted)) and gained else ("initial", initial)
-    return "wiener" if _no_worse(wiener, risks) else kept
+    known = len(wiener) > 0 and bool(np.isfinite(wiener).all())
+    return "wiener" if known and not (np.isfinite(risks).all() and _beats(risks, wiener)) else kept
 
 
 def _wiener(network: nn.Module) -> NeighbourWiener | None:
@@ -192,8 +195,10 @@ def _in_two_parts(
     # Estimates as targets have no noise of single pixels that could be betrayed: all that is known may be told.
     whole = seen(network, batches.sample, whole=True)
     calm = _averaged(best.network, batches.sample, whole, dtype=dtype)
-    second = train(best.network, draws(seed=seed + 1, targets=calm, seen=whole), steps=last)
-    return second._replace(step=steps - last + second.step) if _mean(second.risks) < _mean(best.risks) else best
+    # It has hardly anything to learn by heart, and at low dose its gain is less than what is known of its risk.
+    second = train(best.network, draws(seed=seed + 1, targets=calm, seen=whole), steps=last, most_checks=1)
+    harmed = _beats(best.risks, second.risks) or not np.isfinite(_mean(second.risks))
+    return best if harmed else second._replace(step=steps - last + second.step)
 
 
 def _averaged(network: nn.Module, sample: Sample, told: Seen, *, dtype: DType) -> Tensor:
@@ -227,6 +232,7 @@ def _train(
     steps: int,
     learning_rate: float,
     dtype: DType,
+    most_checks: int = CHECKS,
 ) -> _Best:
     """Minimise the squared error over the variance of the noise in `steps` batches; the running mean of least risk."""
     network, average = copy.deepcopy(start).train(), copy.deepcopy(start).eval()
@@ -235,7 +241,8 @@ def _train(
     warm_up = max(1, min(100, steps // 10))
     level = torch.tensor(batches.sample.level, dtype=torch.float32, device=device)
     least, common = DIMMEST * level[1], level[1] / scale_of(level) ** 2
-    looks, best, since = set(np.linspace(0, steps, CHECKS + 1).round().astype(int)[1:].tolist()), None, 0
+    checks = max(1, min(most_checks, steps // APART))
+    looks, best, since = set(np.linspace(0, steps, checks + 1).round().astype(int)[1:].tolist()), None, 0
     pace, done, begin = np.inf, 0, time.perf_counter()
     for step in range(1, steps + 1):
         rate = min(1.0, step / warm_up) * 0.5 * (1 + np.cos(np.pi * (step - 1) / steps))
@@ -307,10 +314,8 @@ def _mean(risks: NDArray[np.float64]) -> float:
     return float(risks.mean()) if len(risks) else float("nan")
 
 
-def _no_worse(one: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
-    """Whether what has the risks `other` (frame,) does not beat `one` by SURE standard errors of their difference."""
-    if not len(one) or not np.isfinite(one).all():
-        return False
-    gain = one - other
+def _beats(one: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
+    """Whether the risks `one` are below `other`, frame by frame, by SURE standard errors of their difference."""
+    gain = other - one
     chance = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
-    return bool(not np.isfinite(gain).all() or gain.mean() <= SURE * chance)
+    return bool(gain.mean() > SURE * chance) if len(gain) else False

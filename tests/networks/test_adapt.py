@@ -70,7 +70,7 @@ def test_the_record_says_what_was_done(adapted):
 
 
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_start_alone(adapted, monkeypatch):
-    monkeypatch.setattr("pipeline.networks.adapt._no_worse", lambda one, other: False)
+    monkeypatch.setattr("pipeline.networks.adapt._beats", lambda one, other: True)
     sample, _ = adapted
     start = untrained("blindspot", CONFIG, seed=3)
     before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
@@ -96,10 +96,38 @@ def test_the_weights_of_least_risk_are_kept_and_training_ends_when_it_rises(movi
         return np.full(4, {0: 5.0, 1: 3.0, 2: 1.0}.get(len(looks) - 1, 2.0)) + np.arange(4) / 100
 
     monkeypatch.setattr("pipeline.networks.adapt._risks", risks)
+    monkeypatch.setattr("pipeline.networks.adapt.APART", 5)
     network, record = adapt(untrained("blindspot", CONFIG, seed=0), sample, steps=90, **SETTINGS)
-    assert (record["best_step"], record["kept"], len(looks)) == (20, "adapted", 8)
+    assert (record["best_step"], record["kept"], len(looks)) == (20, "adapted", 6)
     assert torch.equal(network.state_dict()["last.weight"], looks[2])
     assert not torch.equal(looks[2], looks[3])
+
+
+def test_a_short_training_is_looked_at_less_often(movie, monkeypatch):
+    _, counts, links = movie
+    sample = Sample(torch.from_numpy(counts), links, measure_level(counts, readout_variance=0))
+    monkeypatch.setattr("pipeline.networks.adapt.APART", 10)
+    looks = []
+    monkeypatch.setattr("pipeline.networks.adapt._risks", lambda *_, **__: (looks.append(1), np.arange(3.0, 5))[1])
+    adapt(untrained("blindspot", CONFIG, seed=0), sample, steps=30, **SETTINGS)
+    assert len(looks) == 1 + 2 + 1 + 1  # before, in 20 steps, after the last 10, and of the filter
+
+
+@pytest.mark.parametrize(("scatter", "kept"), [(0.0, 20), (1.0, 30)])
+def test_the_last_part_is_kept_unless_it_did_harm_beyond_chance(movie, monkeypatch, scatter, kept):
+    """Its gain is less than what a dark movie tells of its risk: a risk that is higher by chance proves nothing."""
+    _, counts, links = movie
+    sample = Sample(torch.from_numpy(counts), links, measure_level(counts, readout_variance=0))
+    means = iter([5.0, 1.0, 1.1, 9.0])  # before, after the first part, after the last, of the filter
+    noise = iter(scatter * np.random.default_rng(1).normal(size=(4, 8)))
+
+    def risks(*_, **__):
+        own = next(noise)
+        return next(means) + own - own.mean()
+
+    monkeypatch.setattr("pipeline.networks.adapt._risks", risks)
+    _, record = adapt(untrained("blindspot", CONFIG, seed=0), sample, steps=30, **SETTINGS)
+    assert record["best_step"] == kept
 
 
 def test_training_on_its_own_averaged_estimates_brings_a_network_nearer_to_the_truth(movie, adapted, monkeypatch):
