@@ -196,7 +196,7 @@ def _in_two_parts(
     whole = seen(network, batches.sample, whole=True)
     calm = _averaged(best.network, batches.sample, whole, dtype=dtype)
     # It has hardly anything to learn by heart, and at low dose its gain is less than what is known of its risk.
-    second = train(best.network, draws(seed=seed + 1, targets=calm, seen=whole), steps=last, most_checks=1)
+    second = train(best.network, draws(seed=seed + 1, targets=calm, seen=whole, dropout=0.0), steps=last, most_checks=1)
     harmed = _beats(best.risks, second.risks) or not np.isfinite(_mean(second.risks))
     return best if harmed else second._replace(step=steps - last + second.step)
 

@@ -172,16 +172,17 @@ def seen(network: nn.Module, sample: Sample, *, whole: bool = False) -> Seen:
 class Batches:
     """Random crops of a sample with their neighbours, turned and mirrored in space and time.
 
-    targets (m, y, x) [electrons]: what is to be estimated; by default the frames themselves.
+    targets (m, y, x) [electrons]: what is to be estimated; by default the frames themselves. dropout: share of the
+    neighbours that are left out.
     """
 
     def __init__(
         self, sample: Sample, held: Tensor, seen: Seen, *, crop: int, batch: int, seed: int,
-        targets: Tensor | None = None,
+        targets: Tensor | None = None, dropout: float = SLOT_DROPOUT,
     ) -> None:  # fmt: skip
         self.sample, self.held, self.seen, self.batch = sample, held, seen, batch
         self.views = [seen.judged(view) for view in range(len(seen.contexts))]
-        self.targets = sample.frames if targets is None else targets
+        self.targets, self.dropout = sample.frames if targets is None else targets, dropout
         self.generator = torch.Generator().manual_seed(seed)
         self.usable = np.flatnonzero(sample.links.good)
         self.side = max(2, min(crop, *sample.frames.shape[-2:]) // 2 * 2)
@@ -215,7 +216,7 @@ class Batches:
     def _dropped(self, offsets: Sequence[int]) -> list[int]:
         """Neighbours to leave out: any of them, lest noise be learnt by heart; and now and then all at one end."""
         rolls = torch.rand(len(offsets), generator=self.generator)
-        dropped = [slot for slot, offset in enumerate(offsets) if offset and rolls[slot] < SLOT_DROPOUT]
+        dropped = [slot for slot, offset in enumerate(offsets) if offset and rolls[slot] < self.dropout]
         if self._random(1000) < 1000 * END_DROPOUT:
             reach, side = self._random(max(abs(o) for o in offsets) + 1), self._random(2) * 2 - 1
             dropped += [slot for slot, offset in enumerate(offsets) if offset * side > reach]
