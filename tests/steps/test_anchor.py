@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
-import torch
 
 from pipeline.steps import anchor, drift
 from tests.steps.test_drift import PAIRS, SOLVE, WEIGHT, record, walk
 
 SIZE, FRAMES = 192, 14
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def discs() -> np.ndarray:

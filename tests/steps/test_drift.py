@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,14 +17,6 @@ LAGS = (1, 2, 4, 8)
 WEIGHT = {"band": (0.01, 0.35), "taper": 0.15, "change": 0.0, "limit": 1.25}
 PAIRS = {"candidates": 6, "max_shift": 0.25, "taper": 0.15, "limit": 1.25}
 SOLVE = {"max_motion": 4.0, "cauchy": 2.5}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def walk(rng: np.random.Generator, frames: int, step: float) -> np.ndarray:
