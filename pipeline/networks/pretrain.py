@@ -165,6 +165,7 @@ def draw(bank: Sequence[Known], rng: np.random.Generator, *, offsets: Sequence[i
     links = _links(movie.drift[near], rng, wrong=wrong)
     index -= near.start
     bright = clean[near]
+    target = dose * bright[index]
     if rng.random() < 0.15:
         flicker = torch.from_numpy(rng.normal(1, 0.05, (len(bright), 1, 1)).astype(np.float32))
         bright = bright * flicker.clamp_min(0.5)
@@ -188,7 +189,6 @@ def draw(bank: Sequence[Known], rng: np.random.Generator, *, offsets: Sequence[i
     for _ in range(batch):
         top, left = (int(rng.integers(size - crop + 1)) for size in clean.shape[1:])
         here, turn = (..., slice(top, top + crop), slice(left, left + crop)), _turn(rng)
-        target = dose * clean[near][index]
         crops.append([turn(part[here]) for part in (stack, valid, target, context)])
     stacks, valids, targets, contexts = (torch.stack(parts) for parts in zip(*crops, strict=True))
     return Drawn(stacks, valids, targets, torch.tensor(level, dtype=torch.float32), contexts)
