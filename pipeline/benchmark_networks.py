@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.networks.adapt import untrained
-from pipeline.networks.blindspot import TIERS
+from pipeline.networks.blindspot import AROUND, TIERS
 from pipeline.networks.encoder_decoder import EncoderDecoder
 from pipeline.networks.msdnet import MSDNet
 from pipeline.networks.unet import UNet
 from pipeline.networks.wcvd import RELEASED
 from pipeline.networks.weights import SHIPPED, denoiser_of, load_weights
-from pipeline.steps.denoise import DType, FrameLinks, denoise, has_bfloat16, measure_level, reduced_precision
+from pipeline.steps.denoise import DType, denoise, has_bfloat16, reduced_precision
+from pipeline.steps.neighbours import FrameLinks, measure_level
 from schemas.settings import Denoise
 
 UNET = "U-Net 16-32-64"
@@ -102,13 +103,14 @@ class DenoiserSpeed:
 
 
 def measure_denoisers(edge: int, *, device: str, repeats: int) -> Iterator[DenoiserSpeed]:
-    """Every tier and WCVD on the middle one of seven frames of `edge` × `edge` px, one thread, tiles as by default.
+    """Every tier and WCVD on the middle one of as many frames as the context takes, of `edge` × `edge` px, one thread,
+    tiles as by default.
 
     The last tier once more with parts of the view followed (`denoise.motion`).
     """
     options = Denoise()
-    frames = np.random.default_rng(0).poisson(1.0, (7, edge, edge)).astype(np.float32)
-    links = FrameLinks(np.zeros((7, 2), np.int64), np.ones(7, bool), np.zeros(7, np.int64))
+    frames = np.random.default_rng(0).poisson(1.0, (AROUND, edge, edge)).astype(np.float32)
+    links = FrameLinks(np.zeros((AROUND, 2), np.int64), np.ones(AROUND, bool), np.zeros(AROUND, np.int64))
     level = measure_level(frames, readout_variance=0.0)
     kept = torch.from_numpy(frames).to(device)
     found: dict[str, Any] = {tier: load_weights(denoiser_of(tier)).module for tier in TIERS}
@@ -118,8 +120,8 @@ def measure_denoisers(edge: int, *, device: str, repeats: int) -> Iterator[Denoi
         dtypes: tuple[DType, ...] = ("float32", "bfloat16") if has_bfloat16(device) else ("float32",)
         for dtype in dtypes:
             run = partial(
-                denoise, network.to(device).eval(), kept, [3], links=links, level=level, tile=options.tile, dtype=dtype,
-                device=device,
+                denoise, network.to(device).eval(), kept, [AROUND // 2], links=links, level=level, tile=options.tile,
+                dtype=dtype, device=device,
             )  # fmt: skip
             run()
             yield DenoiserSpeed(name, dtype, network.macs_per_pixel, _shortest(run, device, repeats))

@@ -18,7 +18,7 @@ from pipeline.movie import Clock, Movie, Task, open_movie, record, saturation_of
 from pipeline.parts import read_meta, read_part, write_part
 from pipeline.plan import SAMPLE_PIXELS, step_blocks
 from pipeline.prepare import prepare_denoiser
-from pipeline.steps import anchor, denoise, detector, drift, focus, noise
+from pipeline.steps import anchor, detector, drift, focus, neighbours, noise
 from schemas.errors import ResourceError
 
 Compute = Callable[[Task], Mapping[str, Any]]
@@ -80,7 +80,7 @@ def calibrate(task: Task) -> Mapping[str, Any]:
         corrected = detector.correct(counts, dark=movie.dark, gain=movie.gain, bad=bad)
         model = noise.fit_noise(corrected, counts_per_electron=_counts_per_electron(movie)) if len(counts) else NO_NOISE
         electrons = noise.to_electrons(corrected, model)
-        level = denoise.measure_level(electrons, readout_variance=model.readout_variance)
+        level = neighbours.measure_level(electrons, readout_variance=model.readout_variance)
     with clock("drift"):
         weight, anchored = _frequency_weight(electrons, movie)
     y, x = np.nonzero(bad)
@@ -316,7 +316,7 @@ def _joined(tables: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]
 def _keep_images(task: Task, images: inference.Images, measured: Sequence[measure.Measured]) -> None:
     """Write those images of the block that are to be kept; where there are none, they stay what is not computed."""
     for name in task.settings.images.save:
-        stored = {"denoised": images.denoised, "probability": images.probability}.get(name)
+        stored = vars(images).get(name)
         if name == "labels":
             empty = np.zeros(images.denoised.shape[1:], np.int32)
             stored = np.stack([empty if one.labels is None else one.labels for one in measured])

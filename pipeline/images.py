@@ -17,6 +17,13 @@ from schemas.variables import Variable
 _AXES = ("time", "y", "x")
 KEPT = {
     "denoised": Variable("denoised", _AXES, "float32", ELECTRON, "denoised frame"),
+    "uncertainty": Variable(
+        "uncertainty",
+        _AXES,
+        "float32",
+        ELECTRON,
+        "standard deviation that the denoiser expects of the error of denoised, before the low-pass; NaN: not known",
+    ),
     "probability": Variable("probability", _AXES, "float32", DIMENSIONLESS, "probability of a column"),
     "labels": Variable("labels", _AXES, "int32", DIMENSIONLESS, "1 + row among the particles of the frame; 0: none"),
 }

@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.models import cutoff, finds_particles, network
 from pipeline.movie import Clock, Movie, device_text, saturation_of
 from pipeline.networks.weights import Loaded
-from pipeline.steps import denoise, detector, particles, segment
+from pipeline.steps import denoise, detector, neighbours, particles, segment
 from pipeline.steps.lowpass import lowpass
 
 VOTING_FRAMES = 6
@@ -23,7 +23,8 @@ class Denoised:
     """A run of frames from ``first`` on, as (time, y, x) float32; frames that are not good hold NaN.
 
     electrons and denoised [electrons]. surroundings (time, y, x) [electrons]: the frames and, on either side, those
-    that the ``denoiser`` looked at, ``before`` of them in front; links: of all these; offsets: those it looks at.
+    that the ``denoiser`` looked at, ``before`` of them in front; links: of all these; offsets: those it
+    looks at itself.
     """
 
     first: int
@@ -33,12 +34,14 @@ class Denoised:
     denoiser: str
     surroundings: np.ndarray
     before: int
-    links: denoise.FrameLinks
+    links: neighbours.FrameLinks
     offsets: tuple[int, ...]
+    uncertainty: np.ndarray | None
+    """Standard deviation of the error of ``denoised`` that the denoiser expects [electrons], where it is kept."""
 
     def neighbourhood(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Mean (y, x) [electrons] of the frames behind a denoised frame, and how many of them each pixel has."""
-        return denoise.neighbourhood(self.surroundings, row + self.before, offsets=self.offsets, links=self.links)
+        return neighbours.neighbourhood(self.surroundings, row + self.before, offsets=self.offsets, links=self.links)
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def denoised(movie: Movie, frames: range, clock: Clock) -> Denoised:
     """Denoise a run of frames."""
     loaded, name = denoiser_of(movie)
     offsets = offsets_of(loaded)
-    halo = max(map(abs, offsets))
+    halo = max(map(abs, cast(Any, loaded.module).around)) if loaded is not None else 0
     low, high = max(0, frames.start - halo), min(movie.task.frames, frames.stop + halo)
     with clock("read"):
         counts = movie.counts(low, high)
@@ -90,19 +93,28 @@ def denoised(movie: Movie, frames: range, clock: Clock) -> Denoised:
     out = np.full((len(frames), *electrons.shape[1:]), np.nan, dtype=np.float32)
     wanted = [i for i in range(own.start, own.stop) if links.good[i]]
     place = [i - own.start for i in wanted]
+    expected = np.full_like(out, np.nan) if "uncertainty" in movie.settings.images.save else None
     if loaded is None:
         out[place] = electrons[wanted]
     elif wanted and movie.level is not None:
+        how: dict[str, Any] = {
+            "links": links, "level": movie.level, "tile": movie.settings.denoise.tile,
+            "dtype": movie.settings.denoise.dtype, "device": movie.task.device,
+        }  # fmt: skip
         with clock("denoise"):
-            out[place] = denoise.denoise(
-                cast(Any, loaded.module), electrons, wanted, links=links, level=movie.level,
-                tile=movie.settings.denoise.tile, dtype=movie.settings.denoise.dtype, device=movie.task.device,
-            )  # fmt: skip
+            if expected is None:
+                out[place] = denoise.denoise(cast(Any, loaded.module), electrons, wanted, **how)
+            else:
+                out[place], expected[place] = denoise.denoise_with_errors(
+                    cast(Any, loaded.module), electrons, wanted, **how
+                )
     limit = cutoff(movie.settings, energy=movie.stack.attributes.get("energy"))
     if place and limit is not None:
         with clock("lowpass"):
             out[place] = lowpass(out[place], cutoff=limit, sampling=movie.stack.sampling)
-    return Denoised(frames.start, counts[own], electrons[own], out, name, electrons, own.start, links, offsets)
+    return Denoised(
+        frames.start, counts[own], electrons[own], out, name, electrons, own.start, links, offsets, expected
+    )
 
 
 def segments(movie: Movie) -> bool:

@@ -18,7 +18,7 @@ from pipeline.ingest.describe import SourceOverrides, describe
 from pipeline.ingest.reading import read_frames
 from pipeline.ingest.sources import discover
 from pipeline.parts import part_path, read_part
-from pipeline.steps import denoise, detector, drift, noise
+from pipeline.steps import detector, drift, neighbours, noise
 from schemas.errors import ResourceError, SettingsError
 from schemas.settings import Settings
 
@@ -102,7 +102,7 @@ class Movie:
     stack: store.Stack
     bad: np.ndarray | None = None
     model: noise.NoiseModel | None = None
-    level: denoise.Level | None = None
+    level: neighbours.Level | None = None
     drift_px: np.ndarray | None = None
     drift_err: np.ndarray | None = None
     good: np.ndarray | None = None
@@ -140,13 +140,13 @@ class Movie:
         """All planes of one frame in electrons, (defocus, y, x) float32, each on its own grid."""
         return self.electrons(self.stack.read(frame, frame + 1, plane=slice(None))[0])
 
-    def links(self, start: int, stop: int) -> denoise.FrameLinks:
+    def links(self, start: int, stop: int) -> neighbours.FrameLinks:
         """How frames [start, stop) follow each other: whole-pixel drift, good frames, gaps in time."""
         if self.drift_px is None or self.good is None:
             raise RuntimeError("the movie was opened before its drift was solved")
-        runs = denoise.frame_runs(self.stack.time, max_gap=self.settings.denoise.max_gap)
+        runs = neighbours.frame_runs(self.stack.time, max_gap=self.settings.denoise.max_gap)
         path = drift.whole_path(self.drift_px)[start:stop]
-        return denoise.FrameLinks(path, self.good[start:stop], runs[start:stop])
+        return neighbours.FrameLinks(path, self.good[start:stop], runs[start:stop])
 
 
 def open_movie(task: Task) -> Movie:
@@ -169,7 +169,7 @@ def _open(task: Task, present: tuple[bool, bool]) -> Movie:
         arrays, meta = task.answer("calibrate")
         bad = np.zeros(stack.shape[1:], dtype=bool)
         bad[arrays["bad_y"], arrays["bad_x"]] = True
-        movie = replace(movie, bad=bad, model=noise.NoiseModel(**meta["noise"]), level=denoise.Level(*meta["level"]))
+        movie = replace(movie, bad=bad, model=noise.NoiseModel(**meta["noise"]), level=neighbours.Level(*meta["level"]))
     if present[1]:
         arrays, _ = task.answer("drift")
         movie = replace(

@@ -22,7 +22,7 @@ from pipeline.measure import SPECTRUM_EDGE
 from pipeline.models import TRAINED_HERE, hashes, network
 from pipeline.networks.weights import denoiser_of
 from pipeline.parts import part_path, read_meta
-from pipeline.steps.denoise import frame_runs
+from pipeline.steps.neighbours import frame_runs
 from schemas.errors import ResourceError, SettingsError
 from schemas.jobfile import flatten
 from schemas.settings import Settings
@@ -33,7 +33,7 @@ STEPS: Mapping[str, tuple[int, str | None, tuple[str, ...]]] = {
         f"drift.{name}" for name in ("correct", "band", "taper", "change", "limit")))),
     "survey": (3, "calibrate", ("drift.lags", "drift.candidates", "drift.max_shift", "drift.defocus_shift")),
     "drift": (3, "survey", ("drift.max_motion", "drift.cauchy")),
-    "adapt": (7, "drift", ("denoise",)),
+    "adapt": (8, "drift", ("denoise",)),
     "vote": (1, "adapt", ("segment.model", "segment.contrast", "source.mode", "lowpass")),
     "process": (6, "vote", (
         "segment", "columns", "particles", "fourier.band", "fourier.significance", "species", "images.save")),
@@ -245,7 +245,7 @@ def predict_memory(
     """
     pixels = shape[1] * shape[2]
     with_halo = min(shape[0], size + 2 * halo)
-    images = (2 if settings.images.save else 1) + ("labels" in settings.images.save)
+    images = (2 if settings.images.save else 1) + len({"labels", "uncertainty"} & set(settings.images.save))
     held = pixels * (with_halo * (itemsize + 8) + size * 4 * (1 + images) + 10 * 4)
     tile = min(pixels, (settings.denoise.tile or math.inf) ** 2)
     windows = [settings.segment.window]
@@ -297,4 +297,4 @@ def denoiser_halo(settings: Settings) -> int:
         return 1
     named = settings.denoise.weights
     denoiser: Any = network(denoiser_of(settings.denoise.tier) if named in TRAINED_HERE else named, "cpu").module
-    return max(abs(k) for k in denoiser.offsets)
+    return max(abs(k) for k in denoiser.around)

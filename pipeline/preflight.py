@@ -34,7 +34,7 @@ from pipeline.ledger import Lease, Ledger
 from pipeline.models import TRAINED_HERE
 from pipeline.networks.adapt import CHECK_FRAMES, CHECKS, SYMMETRIES
 from pipeline.networks.weights import denoiser_of, load_weights
-from pipeline.steps import denoise, segment
+from pipeline.steps import denoise, neighbours, segment
 from schemas.errors import ColonnadeError, ResourceError, SettingsError, SourceError
 from schemas.settings import Job, Settings
 
@@ -261,17 +261,19 @@ def trial(settings: Settings) -> dict[str, float]:
     import torch
 
     edge = TRIAL_EDGE
-    frames = np.random.default_rng(0).poisson(5.0, (7, edge, edge)).astype(np.float32)
-    links = denoise.FrameLinks(np.zeros((7, 2), np.int64), np.ones(7, bool), np.zeros(7, np.int64))
     network: Any = load_weights(denoiser_of(settings.denoise.tier)).module
+    count = len(network.around)
+    frames = np.random.default_rng(0).poisson(5.0, (count, edge, edge)).astype(np.float32)
+    links = neighbours.FrameLinks(np.zeros((count, 2), np.int64), np.ones(count, bool), np.zeros(count, np.int64))
     columns = load_weights(settings.segment.model)
     torch.set_num_threads(1)
     seconds, alone = [], []
     for _ in range(2):
         begin = time.perf_counter()
         smooth = denoise.denoise(
-            network, frames, [3], links=links, level=denoise.Level(5.0, 5.0), tile=None, dtype=settings.denoise.dtype
-        )
+            network, frames, [count // 2], links=links, level=neighbours.Level(5.0, 5.0), tile=None,
+            dtype=settings.denoise.dtype,
+        )  # fmt: skip
         alone.append(time.perf_counter() - begin)
         segment.column_probability(
             columns.module, smooth, sampling=0.2, model_sampling=0.2, polarity=1, window=None,

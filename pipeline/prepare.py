@@ -18,7 +18,7 @@ from pipeline.networks.blindspot import TIERS
 from pipeline.networks.wcvd import RELEASED
 from pipeline.networks.weights import architecture_of, denoiser_of, load_weights, resolve, save_weights
 from pipeline.parts import read_meta
-from pipeline.steps import denoise, drift
+from pipeline.steps import drift, neighbours
 from schemas.errors import SettingsError
 from schemas.settings import Denoise
 
@@ -84,7 +84,7 @@ def _start(options: Denoise) -> tuple[torch.nn.Module, int]:
     if options.network == "wcvd" and options.weights in TRAINED_HERE:
         return adapt.untrained("wcvd", RELEASED, seed=options.seed), options.steps
     if options.weights == "scratch":
-        return adapt.untrained("blindspot", TIERS[options.tier], seed=options.seed), options.steps
+        return adapt.untrained("blindspot", {**TIERS[options.tier], "errors": False}, seed=options.seed), options.steps
     pretrained = options.weights if options.weights not in TRAINED_HERE else denoiser_of(options.tier)
     return load_weights(pretrained).module, options.steps if options.weights == "adapt" else 0
 
@@ -94,7 +94,7 @@ def _sample(movie: Movie, clock: Clock) -> Sample:
     if movie.good is None or movie.drift_px is None or movie.level is None:
         raise RuntimeError("the movie was opened before its drift was solved")
     options = movie.settings.denoise
-    runs = denoise.frame_runs(movie.stack.time, max_gap=options.max_gap)
+    runs = neighbours.frame_runs(movie.stack.time, max_gap=options.max_gap)
     plan = plan_sample(
         movie.stack.shape, good=movie.good, run=runs, max_frames=options.sample_frames, max_side=options.sample_side
     )

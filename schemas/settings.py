@@ -277,8 +277,9 @@ class Species(Section):
 class Images(Section):
     """Pixels kept beside the numbers."""
 
-    save: tuple[Literal["denoised", "probability", "labels"], ...] = Field(
-        (), description="images to keep: denoised, probability (of columns), labels (of particles)"
+    save: tuple[Literal["denoised", "uncertainty", "probability", "labels"], ...] = Field(
+        (),
+        description="images to keep: denoised, its uncertainty, probability (of columns), labels (of particles)",
     )
     examples: Annotated[int, Field(ge=0)] = Field(6, description="frames shown in the report")
 

@@ -18,16 +18,9 @@ from pipeline.networks.adapt_sample import Batches, Sample, Seen, held_out, seen
 from pipeline.networks.blindspot import CONTEXT_RADIUS, BlindSpot, scale_of
 from pipeline.networks.weights import build
 from pipeline.networks.wiener import NeighbourWiener, wiener_kernel
-from pipeline.steps.denoise import (
-    DenoisingNetwork,
-    DType,
-    FrameLinks,
-    Level,
-    compared,
-    one_thread,
-    reduced_precision,
-)
+from pipeline.steps.denoise import DType, one_thread, reduced_precision
 from pipeline.steps.motion import learnt_spread
+from pipeline.steps.neighbours import DenoisingNetwork, FrameLinks, Level, compared
 
 CHECK_FRAMES = 32
 # Looks at the running mean over about MEMORY steps in a training, and how many in a row may be no better. A look costs
@@ -131,7 +124,9 @@ def _wiener(network: nn.Module) -> NeighbourWiener | None:
     """The Wiener filter over the neighbours that a BlindSpot with context looks at; None for other networks."""
     if not isinstance(network, BlindSpot) or not network.context_radius:
         return None
-    plain = NeighbourWiener(frames=len(network.offsets), context=network.context_radius, motion=network.motion)
+    plain = NeighbourWiener(
+        frames=len(network.offsets), context=network.context_radius, around=len(network.around), motion=network.motion
+    )
     plain.kernel.copy_(network.kernel)
     return plain.to(network.kernel.device)
 
@@ -148,15 +143,27 @@ def with_context(network: nn.Module, sample: Sample) -> nn.Module:
     if not isinstance(network, BlindSpot) or len(network.offsets) == 1:
         return copy.deepcopy(network)
     reach, frames = network.context_radius or CONTEXT_RADIUS, len(network.offsets)
-    kernel = wiener_kernel(sample.frames, sample.links.good, sample.level, neighbours=frames - 1, reach=reach)
-    plain = NeighbourWiener(frames=frames, context=reach)
-    plain.kernel.copy_(kernel)
-    spread = spread_of_motion(plain, sample) if sample.moving else ()
-    grown = cast(BlindSpot, build("blindspot", {**network.config, "context": reach, "motion": spread}))
+    plain = NeighbourWiener(frames=frames, context=reach, around=len(network.around))
+    fit_filter(plain, sample)
+    grown = cast(BlindSpot, build("blindspot", {**network.config, "context": reach, "motion": plain.motion}))
     device = next(network.parameters()).device
     fresh = {name: value for name, value in grown.state_dict().items() if name in ("early.weight", "skip")}
-    grown.load_state_dict({**fresh, **network.state_dict(), "kernel": kernel})
+    grown.load_state_dict({**fresh, **network.state_dict(), "kernel": plain.kernel})
     return grown.to(device)
+
+
+def fit_filter(network: DenoisingNetwork, sample: Sample) -> None:
+    """Give a network the filter of its neighbours and its `motion`, both of the sample.
+
+    Parts can only be followed behind a filter, and once they are, neighbours have more in common with a frame.
+    """
+    network.motion = ()
+    measured = partial(wiener_kernel, network, sample.frames, links=sample.links, level=sample.level)
+    network.kernel.copy_(measured())
+    network.motion = spread_of_motion(network, sample) if sample.moving else ()
+    if any(network.motion):
+        network.kernel.copy_(measured())
+        network.motion = spread_of_motion(network, sample)
 
 
 def spread_of_motion(network: DenoisingNetwork, sample: Sample) -> tuple[float, ...]:

@@ -10,16 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.steps.denoise import (
+from pipeline.steps.motion import BLOCK, squares, without
+from pipeline.steps.neighbours import (
     DenoisingNetwork,
     FrameLinks,
     Level,
     compared,
     frame_context,
+    looked_at,
     neighbour_stack,
     relative_shifts,
 )
-from pipeline.steps.motion import BLOCK, squares, without
 
 # Squares of this many pixels are held out, one in HOLD_SHARE: wider than the noise of any detector is correlated.
 HOLD_SQUARE = 16
@@ -118,7 +119,7 @@ class Seen(NamedTuple):
     contexts: Tensor
     """(view, m, y, x) [electrons about the mean]: the filtered mean of the neighbours."""
     shifts: Tensor | None
-    """(view, m, slot, 2, by, bx) [px], see `pipeline.steps.denoise.local_shifts`; None: no motion."""
+    """(view, m, slot, 2, by, bx) [px], see `pipeline.steps.neighbours.local_shifts`; None: no motion."""
 
     def judged(self, view: int) -> Tensor:
         """Where an estimate in this view is independent of the noise of the frame, (y, x) bool."""
@@ -159,11 +160,12 @@ def seen(network: nn.Module, sample: Sample, *, whole: bool = False) -> Seen:
             own = None
             if moments is not None:
                 hidden = squares(*frames.shape[-2:], odd=bool(view)).to(frames.device)
-                known = without(moments, told.offsets.index(0), hidden) if views == 2 else moments
+                known = without(moments, told.around.index(0), hidden) if views == 2 else moments
                 own = relative_shifts(told, known)
+                looked = own[looked_at(told)].cpu()
                 if shifts is None:
-                    shifts = torch.zeros(views, len(frames), *own.shape)
-                shifts[view, index] = own.cpu()
+                    shifts = torch.zeros(views, len(frames), *looked.shape)
+                shifts[view, index] = looked
             context = frame_context(told, frames, int(index), links=links, level=level, shifts=own)
             contexts[view, index] = 0 if context is None else context.cpu()
     return Seen(contexts, shifts)

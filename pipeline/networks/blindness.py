@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.networks.adapt_sample import Sample
 from pipeline.networks.blindspot import BlindSpot
 from pipeline.networks.weights import build
-from pipeline.steps.denoise import neighbour_stack
+from pipeline.steps.neighbours import neighbour_stack
 from pipeline.steps.noise import noise_correlation
 
 # Correlation of the noise of pixels nearby from which on a network sees nothing of the frame that it estimates. The

@@ -9,24 +9,42 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Reach [px] of the filter of the neighbours.
-CONTEXT_RADIUS = 64
+# Reach [px] of the filter of the neighbours, and the mean of how many frames it filters. Both for long-range order: it
+# costs no convolutions, and beyond this little is gained.
+CONTEXT_RADIUS = 96
+AROUND = 15
+_COMMON = {"context": CONTEXT_RADIUS, "around": AROUND, "errors": True}
 # By cost: about 1.5, 5 and 20 thousand multiplications per pixel.
 TIERS: dict[str, dict[str, Any]] = {
-    "small": {"frames": 5, "channels": 16, "dilations": [2], "context": CONTEXT_RADIUS},
-    "medium": {"frames": 7, "channels": 32, "dilations": [2], "context": CONTEXT_RADIUS},
-    "large": {"frames": 7, "channels": 48, "dilations": [2, 4, 2], "context": CONTEXT_RADIUS},
+    "small": {"frames": 5, "channels": 16, "dilations": [2], **_COMMON},
+    "medium": {"frames": 7, "channels": 32, "dilations": [2], **_COMMON},
+    "large": {"frames": 7, "channels": 48, "dilations": [2, 4, 2], **_COMMON},
 }
 # Contrast that, at high dose, becomes an input of one; at low dose the noise does (see `scale_of`).
 _CONTRAST = 0.2
 # The context has little noise, hence little amplitude in units of the noise: more of it makes it learnt sooner.
 _GAIN = 4.0
+# Logarithms of the least and of the largest error [units of `scale_of`] that a network can expect.
+_LOG_ERRORS = -8.0, 2.0
+_FIRST_ERROR = -2.5  # where learning it begins
 
 
 def scale_of(level: Tensor) -> Tensor:
     """Electrons that make one unit at the input: the noise at low dose, a fifth of the mean at high dose."""
     mean, variance = level.float()
     return torch.sqrt(variance + (_CONTRAST * mean) ** 2)
+
+
+def offsets_of(frames: int) -> tuple[int, ...]:
+    """An odd number of frames, counted from the middle one."""
+    return tuple(range(-(frames // 2), frames // 2 + 1))
+
+
+def offsets_around(frames: int, around: int) -> tuple[int, ...]:
+    """The same for the frames of the context, of which `frames` are the middle ones; 0: just these."""
+    if around and (around % 2 == 0 or around < frames):
+        raise ValueError(f"around is {around}; expected an odd number from {frames} (frames) on, or 0")
+    return offsets_of(around or frames)
 
 
 class MaskedConv(nn.Conv2d):
@@ -56,9 +74,11 @@ class BlindSpot(nn.Module):
     `frames` is odd (neighbours -r … r); `channels` must be a multiple of 16, because torch's bfloat16 gradients of
     dilated convolutions are otherwise NaN on CPUs. With `context` > 0 the network is also given the mean of the
     neighbours (never the centre frame) filtered by `kernel`, which reaches that many pixels: what long-range order
-    tells at no cost in convolutions. Without `own_frame` it sees nothing of a centre frame that has any neighbour:
-    where a detector spreads the noise of a pixel over others, these would betray it. `motion`: how far parts of its
-    movie move on their own [px] (see `pipeline.steps.motion`), empty where that is not known.
+    tells at no cost in convolutions. That mean is over `around` frames, an odd number (0: over `frames`). Without
+    `own_frame` it sees nothing of a centre frame that has any neighbour: where a detector spreads the noise of a pixel
+    over others, these would betray it. `motion`: how far parts of its movie move on their own [px] (see
+    `pipeline.steps.motion`), empty where that is not known. With `errors` it can also say how far off it expects to be,
+    from the same features, hence as blind; see `with_errors`.
     """
 
     periodic = False
@@ -71,8 +91,10 @@ class BlindSpot(nn.Module):
         channels: int,
         dilations: Sequence[int],
         context: int = 0,
+        around: int = 0,
         own_frame: bool = True,
         motion: Sequence[float] = (),
+        errors: bool = False,
     ) -> None:
         super().__init__()
         if frames < 1 or frames % 2 == 0:
@@ -88,10 +110,15 @@ class BlindSpot(nn.Module):
             self.config["own_frame"] = False
         if any(motion):
             self.config["motion"] = list(motion)
+        if errors:
+            self.config["errors"] = True
         self.motion = tuple(motion)
         self.context_radius = context
+        if around:
+            self.config["around"] = around
         radius = frames // 2
-        self.offsets = tuple(range(-radius, radius + 1))
+        self.offsets = offsets_of(frames)
+        self.around = offsets_around(frames, around)
         # In full-resolution pixels: half-resolution steps, times two, and one for the phase within the 2 x 2 block.
         self.receptive_radius = 2 * (1 + sum(dilations)) + 1
         self.first = MaskedConv(4 * frames, channels, start=4 * radius, stop=4 * radius + 4)
@@ -106,9 +133,13 @@ class BlindSpot(nn.Module):
             self.early = nn.Conv2d(4, channels, 1, bias=False)
             self.skip = nn.Parameter(torch.zeros(1))
             nn.init.zeros_(self.early.weight)
+        self.error = nn.Conv2d(channels, 4, 1) if errors else None  # the last one: it changes no other's first weights
         with torch.no_grad():
             self.missing.weight.zero_()
             self.last.weight.mul_(0.3)
+            if self.error is not None:
+                self.error.weight.zero_()
+                cast(Tensor, self.error.bias).fill_(_FIRST_ERROR)
             gains.weight.mul_(0.1)
             gains.bias.zero_()
 
@@ -126,6 +157,16 @@ class BlindSpot(nn.Module):
         [electrons], one for the whole batch; context (batch, y, x) [electrons about the mean]: the filtered mean of
         the neighbours, for a network that uses it.
         """
+        return self._run(frames, valid, level, context, errors=False)[:, 0]
+
+    def with_errors(self, frames: Tensor, valid: Tensor, level: Tensor, context: Tensor | None = None) -> Tensor:
+        """The estimate, as `forward` makes it, and the standard deviation of its error, (batch, 2, y, x) [electrons].
+
+        A network without `errors` knows none: NaN.
+        """
+        return self._run(frames, valid, level, context, errors=True)
+
+    def _run(self, frames: Tensor, valid: Tensor, level: Tensor, context: Tensor | None, *, errors: bool) -> Tensor:
         height, width = frames.shape[-2:]
         scale, mean = scale_of(level), level[0]
         x = (frames - mean).mul_(1 / scale)
@@ -145,13 +186,20 @@ class BlindSpot(nn.Module):
         precision = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         missing = None if bool(valid.all()) else ~_blocks_all(valid)
         extra = None if extra is None else _unshuffle(extra)
-        y = self._half(_unshuffle(x.to(precision)), missing, level, extra).float()
+        h = self._half(_unshuffle(x.to(precision)), missing, level, extra)
+        y = self.last(h).float()
         if extra is not None:
             y = y + self.skip * extra
-        return torch.add(mean, _shuffle(y)[:, :height, :width] * scale)
+        made = [torch.add(mean, _shuffle(y)[:, :height, :width] * scale)]
+        if errors and self.error is None:
+            made.append(torch.full_like(made[0], torch.nan))
+        elif errors and self.error is not None:
+            logarithm = self.error(h).float().clamp(*_LOG_ERRORS)
+            made.append(_shuffle(logarithm).exp()[:, :height, :width] * scale)
+        return torch.stack(made, 1)
 
     def _half(self, x: Tensor, missing: Tensor | None, level: Tensor, extra: Tensor | None) -> Tensor:
-        """The network proper: (batch, 4 slots, y/2, x/2) to (batch, 4, y/2, x/2), both in units of `scale_of`."""
+        """The network proper: (batch, 4 slots, y/2, x/2), in units of `scale_of`, to features (batch, c, y/2, x/2)."""
         gains = self._gains(level)
         h = self._scaled(self.first, self.first.weight * self.first.mask, x, gains[0])
         if extra is not None:
@@ -166,7 +214,7 @@ class BlindSpot(nn.Module):
         h = functional.leaky_relu(h, 0.1, inplace=True)
         for mix in self.mix:
             h = functional.leaky_relu(mix(h), 0.1, inplace=True)
-        return cast(Tensor, self.last(h))
+        return h
 
     def _gains(self, level: Tensor) -> list[Tensor]:
         """Gain and offset of each 3 x 3 layer, (2, channels), from the signal-to-noise ratio that the dose allows."""

@@ -20,7 +20,8 @@ from pipeline.simulate.movie import Camera, MovieSpec
 from pipeline.simulate.scene import build_scene
 from pipeline.simulate.truth import mask_of
 from pipeline.steps import segment
-from pipeline.steps.denoise import FrameLinks, denoise, measure_level
+from pipeline.steps.denoise import denoise
+from pipeline.steps.neighbours import FrameLinks, measure_level
 from schemas.errors import SettingsError
 
 ELEMENTS = {"Au": 0.4, "Pt": 0.2, "Pd": 0.15, "Ag": 0.1, "Cu": 0.08, "Ni": 0.07}
@@ -174,7 +175,7 @@ def denoised_examples(
         rng = np.random.default_rng([spec.seed, 11, number])
         image, mask, sampling, _ = examples[int(rng.integers(len(examples)))]
         dose = float(np.exp(rng.uniform(*np.log(spec.doses))))
-        count = 2 * max(denoiser.offsets) + 1
+        count = len(denoiser.around)
         clean = np.broadcast_to(np.maximum(image, 0), (count, *image.shape))
         frames = rng.poisson(dose * sampling**2 * clean).astype(np.float32)
         links = FrameLinks(np.zeros((count, 2), np.int64), np.ones(count, bool), np.zeros(count, np.int64))

@@ -12,46 +12,46 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.networks.adapt import blend, bound, untrained
-from pipeline.networks.blindspot import CONTEXT_RADIUS
+from pipeline.networks.adapt import blend, bound, spread_of_motion, untrained
+from pipeline.networks.adapt_sample import Sample
+from pipeline.networks.blindspot import AROUND, CONTEXT_RADIUS
 from pipeline.networks.phantoms import CleanMovie, phantom
-from pipeline.networks.wiener import NeighbourWiener, kernel_of, periodogram, smoothed
+from pipeline.networks.wiener import NeighbourWiener, common_power, kernel_of, scatter_of, wiener_kernel
 from pipeline.simulate.movie import MovieSpec, simulate_movie
-from pipeline.steps.denoise import (
-    DenoisingNetwork,
+from pipeline.steps.denoise import denoise_with_errors, one_thread, reduced_precision
+from pipeline.steps.neighbours import (
     FrameLinks,
     Level,
-    compared,
     context_of,
-    denoise,
     local_shifts,
+    looked_at,
     measure_level,
     neighbour_stack,
-    one_thread,
-    reduced_precision,
 )
-from pipeline.steps.motion import learnt_spread
 
-FRAMES = 10
+FRAMES = 16
 SIDE = 208
 DOSES = (0.03, 30.0)
-# Frames of a movie on which the filter of the neighbours is measured.
-LENGTHS = (10, 64)
-# Electrons per pixel at which it is measured how far parts of a movie move, and over how many frames.
-MANY, LOOK = 10.0, 7
+# Scatter above which the power of a movie of usual length counts as signal, and its frames.
+CLEARLY = 6.0
+LENGTHS = (16, 64)
+# Electrons per pixel at which it is measured how far parts of a movie move.
+MANY = 10.0
 # Spread [px] of drift that is wrong by a pixel here and there.
 WRONG = 0.8
 # Squared relative error below which a crop counts as solved; without it pure noise would outweigh everything.
 FLOOR = 1e-4
 # Steps over which weights are averaged.
 MEMORY = 500
+# Steps in which a network learns how far off it is, and their learning rate.
+ERROR_STEPS, ERROR_RATE = 1500, 0.03
 
 
 class PretrainSettings(NamedTuple):
@@ -130,27 +130,28 @@ def known(movie: CleanMovie) -> Known:
     """A movie with its spectrum, and its motion as many electrons show it."""
     mean = float(movie.frames.mean())
     relative = torch.from_numpy(movie.frames / mean - 1)
-    power = np.mean([periodogram(frame, reach=CONTEXT_RADIUS) for frame in relative], axis=0)
-    power, level = smoothed(power, (relative.shape[1], relative.shape[2])), Level(MANY, MANY)
-    n, radius = len(relative), LOOK // 2
-    guide = _filter(power * MANY**2, n, level, frames=LOOK)
+    n, level = len(relative), Level(MANY, MANY)
     links = FrameLinks(np.round(movie.drift).astype(np.int64), np.ones(n, dtype=bool), np.zeros(n, dtype=np.int64))
-    found = [
-        compared(guide, MANY * (1 + relative), index, links=links, level=level) for index in range(radius, n - radius)
-    ]
-    return Known(movie, power, learnt_spread([moments for moments in found if moments is not None]))
+    guide = NeighbourWiener(frames=AROUND, context=CONTEXT_RADIUS)
+    bright = MANY * (1 + relative)
+    guide.kernel.copy_(wiener_kernel(guide, bright, links=links, level=level))
+    guide.motion = spread_of_motion(guide, Sample(bright, links, level))
+    power, _ = common_power(guide, bright, links=links, level=level)
+    return Known(movie, power, guide.motion)
 
 
 def _filter(
-    signal: NDArray[np.float64], length: int, level: Level, *, frames: int, motion: Sequence[float] = ()
+    signal: NDArray[np.float64], length: int, level: Level, *, frames: int = AROUND, motion: Sequence[float] = ()
 ) -> NeighbourWiener:
-    """The filter of `frames` frames that a movie of `length` frames and this power [electrons²] is given."""
-    made = NeighbourWiener(frames=frames, context=CONTEXT_RADIUS, motion=motion)
-    made.kernel.copy_(kernel_of(signal, length, level, neighbours=frames - 1, reach=CONTEXT_RADIUS))
+    """The filter that a movie of `length` frames and this power [electrons²] is given, for a network of `frames`."""
+    made = NeighbourWiener(frames=frames, context=CONTEXT_RADIUS, around=AROUND, motion=motion)
+    place, radius = np.arange(length), max(made.around)
+    scatter = scatter_of(np.minimum(place, radius) + np.minimum(place[::-1], radius).astype(float))
+    made.kernel.copy_(kernel_of(signal, CLEARLY * scatter, level, around=made.around, reach=CONTEXT_RADIUS))
     return made
 
 
-def draw(bank: Sequence[Known], rng: np.random.Generator, *, offsets: Sequence[int], crop: int, batch: int) -> Drawn:
+def draw(bank: Sequence[Known], rng: np.random.Generator, *, frames: int, crop: int, batch: int) -> Drawn:
     """Noisy crops of one frame of one movie at one dose, with the clean crops behind them."""
     movie, power, motion = bank[int(rng.integers(len(bank)))]
     factor = _factor(rng)
@@ -160,7 +161,7 @@ def draw(bank: Sequence[Known], rng: np.random.Generator, *, offsets: Sequence[i
     mean = dose * float(clean.mean())
     level = Level(mean, mean + readout)
     index = int(rng.integers(len(clean)))
-    near = slice(max(0, index + min(offsets)), index + max(offsets) + 1)
+    near = slice(max(0, index - AROUND // 2), index + AROUND // 2 + 1)
     wrong = rng.random() < 0.25
     links = _links(movie.drift[near], rng, wrong=wrong)
     index -= near.start
@@ -170,7 +171,7 @@ def draw(bank: Sequence[Known], rng: np.random.Generator, *, offsets: Sequence[i
         flicker = torch.from_numpy(rng.normal(1, 0.05, (len(bright), 1, 1)).astype(np.float32))
         bright = bright * flicker.clamp_min(0.5)
     if rng.random() < 0.15:  # a short movie: no neighbours beyond some distance, none at all in a third of the cases
-        links.good[np.abs(np.arange(len(bright)) - index) > rng.integers(0, max(offsets))] = False
+        links.good[np.abs(np.arange(len(bright)) - index) > rng.integers(0, AROUND // 2)] = False
     noisy = torch.from_numpy(rng.poisson(dose * bright.numpy()).astype(np.float32))
     if readout:
         noisy += float(np.sqrt(readout)) * torch.from_numpy(rng.standard_normal(noisy.shape, dtype=np.float32))
@@ -181,10 +182,11 @@ def draw(bank: Sequence[Known], rng: np.random.Generator, *, offsets: Sequence[i
     spread = [float(part * np.exp(rng.normal(0, 0.3))) for part in motion] if told else []
     if wrong and told:
         spread[0] = float(np.hypot(spread[0], WRONG))
-    guide = _filter(power * (factor * mean) ** 2, length, level, frames=len(offsets), motion=spread)
+    guide = _filter(power * (factor * mean) ** 2, length, level, frames=frames, motion=spread)
     shifts = local_shifts(guide, noisy, index, links=links, level=level)
-    stack, valid = neighbour_stack(noisy, index, offsets=offsets, links=links, fill=mean, shifts=shifts)
-    context = context_of(guide, stack, valid, level)
+    stack, valid = neighbour_stack(noisy, index, offsets=guide.around, links=links, fill=mean, shifts=shifts)
+    context, looked = context_of(guide, stack, valid, level), looked_at(guide)
+    stack, valid = stack[looked], valid[looked]
     crops = []
     for _ in range(batch):
         top, left = (int(rng.integers(size - crop + 1)) for size in clean.shape[1:])
@@ -234,7 +236,6 @@ def pretrain(
     """
     network = untrained("blindspot", config, seed=settings.seed)
     average = copy.deepcopy(network).eval()
-    offsets = cast(DenoisingNetwork, network).offsets
     bank = movie_bank(settings, report=report)
     rng = np.random.default_rng([settings.seed, 3])
     optimiser = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99))
@@ -244,7 +245,7 @@ def pretrain(
             optimiser.param_groups[0]["lr"] = settings.learning_rate * rate
             optimiser.zero_grad(set_to_none=True)
             for _ in range(2):
-                part = draw(bank, rng, offsets=offsets, crop=settings.crop, batch=settings.batch // 2)
+                part = draw(bank, rng, frames=int(config["frames"]), crop=settings.crop, batch=settings.batch // 2)
                 with reduced_precision("cpu", "auto"):
                     estimate = network(part.stack, part.valid, part.level, part.context)
                 error = ((estimate - part.target) / part.level[0]).square().mean((1, 2))
@@ -259,7 +260,40 @@ def pretrain(
                 report(f"step {step + 1} of {settings.steps}: mean log error {recent:.3f}, {seconds:.0f} s")
                 if snapshot is not None:
                     snapshot(average)
+    learn_errors(average, bank, settings, report=report)
     return average
+
+
+def learn_errors(
+    network: Any, bank: Sequence[Known], settings: PretrainSettings, *, report: Callable[[str], None]
+) -> None:
+    """Teach a network with an output for it how far off its estimates are; they stay what they are.
+
+    The loss is the negative logarithm of a normal likelihood, least where the stated variance is the mean of the
+    squared error of all pixels that look alike to the network.
+    """
+    head: nn.Module | None = network.error
+    if head is None:
+        return
+    steps = min(ERROR_STEPS, settings.steps)
+    rng, frames = np.random.default_rng([settings.seed, 4]), len(network.offsets)
+    network.requires_grad_(False)
+    head.requires_grad_(True)
+    optimiser, recent = torch.optim.Adam(head.parameters(), lr=ERROR_RATE), 0.0
+    with one_thread():
+        for step, rate in enumerate(_rates(steps)):
+            optimiser.param_groups[0]["lr"] = ERROR_RATE * rate
+            part = draw(bank, rng, frames=frames, crop=settings.crop, batch=settings.batch)
+            with reduced_precision("cpu", "auto"):
+                estimate, error = network.with_errors(part.stack, part.valid, part.level, part.context).unbind(1)
+            loss = (error.log() + ((estimate.detach() - part.target) / error).square() / 2).mean()
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            recent = 0.99 * recent + 0.01 * ((estimate - part.target) / error).detach().square().mean().item()
+            if step % 500 == 499:
+                report(f"errors, step {step + 1} of {steps}: mean square of error over stated error {recent:.2f}")
+    network.requires_grad_(True)
 
 
 def _rates(steps: int) -> Iterator[float]:
@@ -272,6 +306,7 @@ def _rates(steps: int) -> Iterator[float]:
 def card_figures(network: nn.Module, *, seed: int) -> dict[str, float]:
     """Figures for the model card on movies never trained on: PSNR [dB] by dose, and what becomes of pure noise.
 
+    `within_68` and `within_95`: share of the pixels whose error is below the stated one, and below twice that;
     `noise_std`: standard deviation of denoised pure noise over its mean; `noise_ring`: largest over median amplitude in
     the ring of 0.06 to 0.16 cycles per pixel of the mean spectrum (a lattice made up by the network would show there).
     """
@@ -279,11 +314,15 @@ def card_figures(network: nn.Module, *, seed: int) -> dict[str, float]:
     made = simulate_movie(MovieSpec(element="Ag", frames=12, rotation_step=0.2, drift_step=0.1), seed)
     for dose in (0.05, 0.2, 1.0, 5.0):
         clean = made.clean / made.clean.mean()
-        estimate = _denoised(network, np.random.default_rng(seed).poisson(dose * clean), np.round(made.drift)) / dose
+        counts = np.random.default_rng(seed).poisson(dose * clean)
+        estimate, expected = (part / dose for part in _denoised(network, counts, np.round(made.drift)))
         inner = (slice(3, -3), slice(16, -16), slice(16, -16))
         error = float(np.mean((estimate[inner] - clean[inner]) ** 2))
+        off = np.abs(estimate[inner] - clean[inner])
+        for share, times in ((68, 1), (95, 2)):
+            figures[f"within_{share}_{dose:g}"] = round(float(np.mean(off < times * expected[inner])), 3)
         figures[f"psnr_{dose:g}"] = round(10 * np.log10(float(np.ptp(clean[inner])) ** 2 / error), 2)
-        noise = _denoised(network, np.random.default_rng(seed).poisson(dose, clean.shape), np.zeros((12, 2))) / dose
+        noise = _denoised(network, np.random.default_rng(seed).poisson(dose, clean.shape), np.zeros((12, 2)))[0] / dose
         figures[f"noise_std_{dose:g}"] = round(float(noise.std()), 4)
         spectrum = np.abs(np.fft.fft2(noise - noise.mean((1, 2), keepdims=True))).mean(0)
         f = np.hypot(*np.meshgrid(*[np.fft.fftfreq(s) for s in spectrum.shape], indexing="ij"))
@@ -292,10 +331,12 @@ def card_figures(network: nn.Module, *, seed: int) -> dict[str, float]:
     return figures
 
 
-def _denoised(network: nn.Module, counts: NDArray[Any], drift: NDArray[Any]) -> NDArray[np.float32]:
+def _denoised(
+    network: nn.Module, counts: NDArray[Any], drift: NDArray[Any]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     frames = counts.astype(np.float32)
     n = len(frames)
     links = FrameLinks(drift.astype(np.int64), np.ones(n, dtype=bool), np.zeros(n, dtype=np.int64))
     level = measure_level(frames, readout_variance=0.0)
     told = bound(network, frames, links=links, level=level)
-    return denoise(told, frames, range(n), links=links, level=level, tile=None, dtype="float32")
+    return denoise_with_errors(told, frames, range(n), links=links, level=level, tile=None, dtype="float32")

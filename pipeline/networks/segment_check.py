@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.networks.adapt import bound
 from pipeline.simulate import detector
 from pipeline.simulate.movie import MovieSpec, SimulatedMovie, simulate_movie
-from pipeline.steps import denoise, segment
+from pipeline.steps import denoise, neighbours, segment
 from pipeline.steps.columns import find_columns, inside
 from pipeline.steps.score import Tally, match_columns, merge, score
 
@@ -67,8 +67,10 @@ def denoised(movie: SimulatedMovie, denoiser: nn.Module) -> np.ndarray:
     """The middle frame (1, y, x) [electrons] behind the denoiser as it ships, with the true drift in whole pixels."""
     frames = movie.counts.astype(np.float32)
     count = len(frames)
-    links = denoise.FrameLinks(np.rint(movie.drift).astype(np.int64), np.ones(count, bool), np.zeros(count, np.int64))
-    level = denoise.measure_level(frames, readout_variance=0.0)
+    links = neighbours.FrameLinks(
+        np.rint(movie.drift).astype(np.int64), np.ones(count, bool), np.zeros(count, np.int64)
+    )
+    level = neighbours.measure_level(frames, readout_variance=0.0)
     network = bound(denoiser, frames, links=links, level=level)
     return denoise.denoise(network, frames, [count // 2], links=links, level=level, tile=None, dtype="auto")
 

@@ -53,7 +53,7 @@ class WCVD(nn.Module):
         if any(k < 3 or k % 2 == 0 for k in kernels):
             raise ValueError(f"kernels are {tuple(kernels)}; expected odd numbers from 3 on")
         self.config = {"kernels": list(kernels), "layers": layers, "channels": channels}
-        self.offsets = (-1, 0, 1)
+        self.offsets = self.around = (-1, 0, 1)
         self.receptive_radius = max(kernels) // 2
         self.branches = nn.ModuleList(self._branch(kernel, layers, channels) for kernel in kernels)
         self.mixing = nn.Parameter(torch.zeros(len(kernels)))

@@ -10,22 +10,24 @@ import torch
 from numpy.typing import NDArray
 from scipy.fft import next_fast_len
 from scipy.ndimage import gaussian_filter
+from scipy.special import gammainccinv
 from torch import Tensor, nn
 
-from pipeline.steps.denoise import Level
+from pipeline.networks.blindspot import offsets_around, offsets_of
+from pipeline.steps.neighbours import DenoisingNetwork, FrameLinks, Level, mean_of_neighbours
 
 # The smoothing of the spectrum [frequency steps of the frame].
-SMOOTHING = 1.25
-# Scatter of the smoothed spectrum above the noise from which on it is signal.
-CLEARLY = 6.0
+SMOOTHING = 0.7
+# Chance that a frequency of mere noise counts as signal.
+FALSE = 1e-6
 
 
 class NeighbourWiener(nn.Module):
     """Estimate a frame as the mean of its neighbours, filtered by `kernel`; blind, since the frame has no part in it.
 
     The filter is that of `wiener_kernel`, from the movie's own spectrum; on a movie without any structure it is zero
-    and the estimate a constant. `frames` is odd, `context` the reach of the kernel [px]; `motion` as
-    for a BlindSpot.
+    and the estimate a constant. `frames`, `around`, `motion`: as for a BlindSpot; `context`: the reach of the kernel
+    [px].
     """
 
     periodic = False
@@ -33,16 +35,19 @@ class NeighbourWiener(nn.Module):
     macs_per_pixel = 0.0  # the filter is a product in Fourier space
     kernel: Tensor
 
-    def __init__(self, *, frames: int, context: int, motion: Sequence[float] = ()) -> None:
+    def __init__(self, *, frames: int, context: int, around: int = 0, motion: Sequence[float] = ()) -> None:
         super().__init__()
         if frames < 3 or frames % 2 == 0 or context < 1:
             raise ValueError(f"frames is {frames}, context {context}; expected an odd number from 3 on, and at least 1")
         self.config: dict[str, Any] = {"frames": frames, "context": context}
+        self.offsets = offsets_of(frames)
+        self.around = offsets_around(frames, around)
+        if around:
+            self.config["around"] = around
         if any(motion):
             self.config["motion"] = list(motion)
         self.motion = tuple(motion)
         self.context_radius = context
-        self.offsets = tuple(range(-(frames // 2), frames // 2 + 1))
         self.register_buffer("kernel", torch.zeros(2 * context + 1, 2 * context + 1))
 
     def forward(self, frames: Tensor, valid: Tensor, level: Tensor, context: Tensor | None = None) -> Tensor:
@@ -52,46 +57,65 @@ class NeighbourWiener(nn.Module):
         return level[0] + context
 
 
-def wiener_kernel(frames: Tensor, good: NDArray[np.bool_], level: Level, *, neighbours: int, reach: int) -> Tensor:
-    """The Wiener filter of the mean of `neighbours` frames, (2 reach + 1,) squared, tapered to its edge.
+def wiener_kernel(network: DenoisingNetwork, frames: Tensor, *, links: FrameLinks, level: Level) -> Tensor:
+    """The Wiener filter of the mean of the neighbours of each of some frames (m, y, x) [electrons], see `kernel_of`.
 
-    The power of the signal is the smoothed mean periodogram of the good frames (m, y, x) [electrons] less the noise.
+    As far as its `kernel` and `motion` say, `network` follows the parts that move.
     """
-    rows, columns = frames.shape[-2:]
-    power = np.zeros((side_of(frames, reach),) * 2)
-    used = np.flatnonzero(good)
-    for index in used:
-        power += periodogram(frames[index] - level.mean, reach=reach)
-    power = smoothed(power / max(len(used), 1), (rows, columns))
-    return kernel_of(power - level.variance, len(used), level, neighbours=neighbours, reach=reach)
+    power, many = common_power(network, frames, links=links, level=level)
+    reach = network.context_radius
+    return kernel_of(power * level.mean**2, least_of(many), level, around=network.around, reach=reach)
 
 
-def side_of(frames: Tensor, reach: int) -> int:
-    """Edge [px] of the square in whose Fourier space filters of frames (…, y, x) are made."""
-    return int(next_fast_len(max(*frames.shape[-2:], 2 * reach + 2), real=True))
+def common_power(
+    network: DenoisingNetwork, frames: Tensor, *, links: FrameLinks, level: Level
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Power per pixel (ky, kx) that frames (m, y, x) [electrons] have in common with the mean of their neighbours, both
+    relative to the mean of the movie, smoothed over the resolution that they have; and how many each had, (used,).
 
-
-def periodogram(image: Tensor, *, reach: int) -> NDArray[np.float64]:
-    """Power per pixel (ky, kx) of an image (y, x), zeros around it; what is not finite counts as zero."""
-    side = side_of(image, reach)
-    clean = torch.nan_to_num(image, nan=0.0, posinf=0.0, neginf=0.0)
-    found = torch.fft.fft2(clean, s=(side, side)).abs() ** 2
-    return np.asarray(found.double().cpu().numpy() / image.numel())
-
-
-def smoothed(power: NDArray[np.float64], shape: tuple[int, int]) -> NDArray[np.float64]:
-    """A mean periodogram of frames of `shape`, smoothed over the resolution that they have."""
-    return np.asarray(gaussian_filter(power, [SMOOTHING * power.shape[0] / size for size in shape], mode="wrap"))
-
-
-def kernel_of(signal: NDArray[np.float64], frames: int, level: Level, *, neighbours: int, reach: int) -> Tensor:
-    """The filter for a smoothed power of the signal (ky, kx) [electrons²] that was measured on so many frames.
-
-    Only what is clearly above the scatter of the smoothed spectrum of so many frames counts as signal.
+    Noise is independent from frame to frame, hence there is none of it in this, but for its scatter. Only pixels that
+    are finite and that neighbours have count.
     """
-    scatter = (max(frames, 1) * 4 * np.pi * SMOOTHING**2) ** -0.5
-    power = np.maximum(signal - CLEARLY * scatter * level.variance, 0)
-    gain = power / (power + level.variance / neighbours)
+    reach = network.context_radius
+    side = int(next_fast_len(max(*frames.shape[-2:], 2 * reach + 2), real=True))
+    power, many = np.zeros((side, side)), []
+    for index in np.flatnonzero(links.good):
+        mean, count = mean_of_neighbours(network, frames, int(index), links=links, level=level)
+        use = (count > 0) & torch.isfinite(frames[index])
+        if bool(use.any()):
+            pair = (frames[index] / level.mean - 1, mean / level.mean)
+            one, other = (torch.fft.fft2(torch.where(use, part, 0), s=(side, side)) for part in pair)
+            power += (one * other.conj()).real.double().cpu().numpy() / int(use.sum())
+            many.append(float(count.max()))
+    width = [SMOOTHING * side / int(size) for size in frames.shape[-2:]]
+    return np.asarray(gaussian_filter(power / max(len(many), 1), width, mode="wrap")), np.array(many)
+
+
+def scatter_of(many: NDArray[np.float64]) -> float:
+    """Standard deviation of `common_power` of mere noise of variance one. Every pair of frames counts twice, with the
+    same noise."""
+    return float(np.sqrt(np.sum(1 / many) / (4 * np.pi)) / (SMOOTHING * len(many))) if len(many) else 0.0
+
+
+def least_of(many: NDArray[np.float64]) -> float:
+    """What `common_power` of mere noise of variance one exceeds with the chance `FALSE`.
+
+    Frames that are all compared with each other have but one sum in common, whose square this is in essence: a gamma
+    distribution of as many degrees of freedom as there are such groups, times the frequencies that are averaged.
+    """
+    if not len(many):
+        return 0.0
+    shape = 4 * np.pi * SMOOTHING**2 * max(len(many) / (float(np.mean(many)) + 1), 1.0)
+    return scatter_of(many) * float(gammainccinv(shape, FALSE) - shape) / shape**0.5
+
+
+def kernel_of(signal: NDArray[np.float64], least: float, level: Level, *, around: Sequence[int], reach: int) -> Tensor:
+    """The filter (2 reach + 1,) squared, tapered to its edge, for a smoothed power (ky, kx) [electrons²].
+
+    Where it does not exceed `least`, in units of the noise, it is no signal.
+    """
+    power = np.maximum(signal - least * level.variance, 0)
+    gain = power / (power + level.variance / max(len(around) - 1, 1))
     kernel = np.roll(np.fft.ifft2(gain).real, (reach, reach), (0, 1))[: 2 * reach + 1, : 2 * reach + 1]
     edge = np.clip(2 * np.abs(np.arange(-reach, reach + 1)) / (reach + 1) - 1, 0, 1)
     taper = np.cos(0.5 * np.pi * edge) ** 2

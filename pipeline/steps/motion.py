@@ -152,7 +152,7 @@ def learnt_spread(found: Sequence[Moments]) -> tuple[float, ...]:
                 told = (1 - variance / deviation**2).clamp_min(0).double()
                 power += float((told * (estimate.double() ** 2 + variance)).sum())
                 weight += float(told.sum())
-            deviation = (power / weight) ** 0.5 if weight > 1e-3 else 0.0
+            deviation = (power / weight) ** 0.5 if weight > 1 else 0.0
             if deviation < _LEAST:
                 deviation = 0.0
                 break

@@ -10,7 +10,8 @@ from pipeline.networks.adapt import _averaged, adapt, untrained, with_context
 from pipeline.networks.adapt_sample import Sample, Seen, plan_sample, training_sample, turned, turned_back
 from pipeline.networks.phantoms import phantom
 from pipeline.networks.wiener import NeighbourWiener, wiener_kernel
-from pipeline.steps.denoise import FrameLinks, Level, denoise, frame_context, measure_level, neighbour_stack
+from pipeline.steps.denoise import denoise
+from pipeline.steps.neighbours import FrameLinks, Level, frame_context, measure_level, neighbour_stack
 
 CONFIG = {"frames": 5, "channels": 16, "dilations": [2]}
 DOSE = 0.5
@@ -25,7 +26,7 @@ def links_of(n, drift=None):
 @pytest.fixture(scope="module")
 def movie():
     """Clean frames, counts and links of a small drifting lattice."""
-    made = phantom(np.random.default_rng(8), frames=10, side=96)
+    made = phantom(np.random.default_rng(18), frames=10, side=96)
     counts = np.random.default_rng(1).poisson(DOSE * made.frames).astype(np.float32)
     return made.frames, counts, links_of(10, np.round(made.drift).astype(int))
 
@@ -180,7 +181,8 @@ def test_the_filter_of_the_neighbours_is_that_of_wiener():
     truth = clean[2:10, 16:-16, 16:-16]
     assert np.mean((inner - truth) ** 2) < 0.15 * truth.var()
     noise = torch.from_numpy(np.random.default_rng(1).poisson(0.5, (12, 96, 96)).astype(np.float32))
-    kernel = wiener_kernel(noise, sample.links.good, Level(0.5, 0.5), neighbours=4, reach=64)
+    plain = NeighbourWiener(frames=5, around=9, context=64)
+    kernel = wiener_kernel(plain, noise, links=sample.links, level=Level(0.5, 0.5))
     assert float(kernel.abs().sum()) < 0.2
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipeline.networks.blindspot import TIERS, BlindSpot
 from pipeline.networks.wcvd import WCVD
 from pipeline.networks.weights import denoiser_of, load_weights, save_weights
-from pipeline.steps.denoise import FrameLinks, Level, frame_context, neighbour_stack
+from pipeline.steps.neighbours import FrameLinks, Level, frame_context, neighbour_stack
 
 LEVEL = torch.tensor([0.7, 0.9])
 
@@ -107,6 +107,23 @@ def test_the_network_knows_which_slots_are_missing():
     assert not torch.equal(network(frames, valid, LEVEL)[0, 0, 0], full[0, 0, 0])
 
 
+def test_the_stated_error_is_as_blind_as_the_estimate_which_it_leaves_alone():
+    network = make(**TIERS["small"])
+    with torch.no_grad():
+        network.error.weight.normal_()
+    frames = torch.rand(1, 5, 13, 16, requires_grad=True)
+    valid = torch.ones(frames.shape, dtype=torch.bool)
+    estimate, error = network.with_errors(frames, valid, LEVEL)[0]
+    assert torch.equal(estimate, network(frames, valid, LEVEL)[0])
+    assert (error > 0).all()
+    for y, x in [(0, 0), (12, 15), (6, 9)]:
+        (g,) = torch.autograd.grad(error[y, x], frames, retain_graph=True)
+        assert g[0, 2, y, x] == 0
+        assert torch.count_nonzero(g[0, 2]) > 20
+    silent = make(**{**TIERS["small"], "errors": False})
+    assert silent.with_errors(frames, valid, LEVEL)[:, 1].isnan().all()
+
+
 def test_filtered_neighbours_leave_the_network_blind():
     """The estimate of a frame through `frame_context` and the network: no way back to the pixel itself."""
     network = make(**{**TIERS["large"], "context": 5})
@@ -126,7 +143,9 @@ def test_filtered_neighbours_leave_the_network_blind():
         assert torch.count_nonzero(g[2]) == 0
 
 
-@pytest.mark.parametrize("config", [{"frames": 4}, {"channels": 24}, {"dilations": [2, 3]}])
+@pytest.mark.parametrize(
+    "config", [{"frames": 4}, {"channels": 24}, {"dilations": [2, 3]}, {"around": 5}, {"around": 14}]
+)
 def test_configurations_that_break_the_blind_spot_are_refused(config):
     with pytest.raises(ValueError, match="expected"):
         BlindSpot(**{**TIERS["large"], **config})

@@ -51,7 +51,7 @@ def test_drawn_counts_have_the_clean_frame_as_their_mean():
     flat = known(CleanMovie(np.ones((8, 40, 40), dtype=np.float32), np.zeros((8, 2))))
     rng = np.random.default_rng(0)
     for _ in range(20):
-        part = draw([flat], rng, offsets=(-1, 0, 1), crop=32, batch=2)
+        part = draw([flat], rng, frames=3, crop=32, batch=2)
         mean, variance = (float(v) for v in part.level)
         torch.testing.assert_close(part.target, torch.full_like(part.target, mean))
         seen = part.stack[part.valid]
@@ -67,7 +67,7 @@ def test_drawn_context_is_the_filtered_mean_of_the_neighbours():
     bank, rng = [known(CleanMovie(np.repeat(clean[None], 8, 0), np.zeros((8, 2))))], np.random.default_rng(1)
     alike = []
     for _ in range(200):
-        part = draw(bank, rng, offsets=(-1, 0, 1), crop=48, batch=2)
+        part = draw(bank, rng, frames=3, crop=48, batch=2)
         neighbours, both = part.stack[:, [0, 2]].mean(1), part.valid.all()
         if both and 0.1 < float(part.level[0]) < 1 and part.context.any():  # faint lattices are given no filter
             pairs = [np.corrcoef(one.ravel(), part.target.ravel())[0, 1] for one in (part.context, neighbours)]
@@ -75,6 +75,24 @@ def test_drawn_context_is_the_filtered_mean_of_the_neighbours():
     assert len(alike) > 30
     filtered, plain = np.median(alike, axis=0)
     assert filtered > 0.85 > 0.6 > plain
+
+
+def test_a_network_learns_how_far_off_it_is_and_estimates_as_before():
+    """Of what it never saw: the mean square of error over stated error is about one at every dose."""
+    lines: list[str] = []
+    few = settings(steps=400, phantoms=8)
+    told = pretrain({**SMALL, "errors": True}, few, report=lines.append)
+    for name, tensor in pretrain(SMALL, few, report=lines.append).state_dict().items():
+        assert torch.equal(tensor, told.state_dict()[name])
+    others, rng = movie_bank(settings(phantoms=6, seed=9), report=lines.append), np.random.default_rng(2)
+    ratios = []
+    with torch.no_grad():
+        for _ in range(150):
+            part = draw(others, rng, frames=3, crop=64, batch=2)
+            estimate, error = told.with_errors(part.stack, part.valid, part.level, part.context).unbind(1)
+            ratios.append((float(part.level[0]), float(((estimate - part.target) / error).square().mean())))
+    for low, high in ((0.03, 0.3), (0.3, 3.0), (3.0, 30.0)):
+        assert 0.4 < np.mean([ratio for dose, ratio in ratios if low < dose < high]) < 2.5
 
 
 def test_pretraining_is_reproducible_and_learns():
@@ -86,7 +104,7 @@ def test_pretraining_is_reproducible_and_learns():
     rng = np.random.default_rng(1)
     bank = movie_bank(settings(), report=lines.append)
     errors = []
-    parts = [draw(bank, rng, offsets=(-1, 0, 1), crop=64, batch=4) for _ in range(30)]
+    parts = [draw(bank, rng, frames=3, crop=64, batch=4) for _ in range(30)]
     with torch.no_grad():
         for network in (untrained, first):
             errors.append(

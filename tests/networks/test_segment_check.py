@@ -48,7 +48,7 @@ def test_columns_marked_invisible_are_neither_demanded_nor_spurious(movie):
 class Smoothing(torch.nn.Module):
     """A plain stand-in for the denoiser: the mean of three neighbours, blurred."""
 
-    offsets = (-1, 0, 1)
+    offsets = around = (-1, 0, 1)
     receptive_radius, periodic, context_radius, motion = 4, False, 0, ()
 
     def forward(self, stack, valid, level, context=None):

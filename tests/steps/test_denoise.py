@@ -7,16 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.networks.adapt import untrained
-from pipeline.steps.denoise import (
-    FrameLinks,
-    Level,
-    denoise,
-    frame_context,
-    frame_runs,
-    measure_level,
-    neighbour_stack,
-    windows,
-)
+from pipeline.steps.denoise import denoise, denoise_with_errors, windows
+from pipeline.steps.neighbours import FrameLinks, Level, frame_context, frame_runs, measure_level, neighbour_stack
 
 OFFSETS = (-2, -1, 0, 1, 2)
 
@@ -132,11 +124,17 @@ def test_the_context_is_the_filtered_mean_of_the_neighbours_alone():
     frames = torch.rand(6, 8, 9)
     frames[3] = 1e6  # the frame itself has no part
     links, level = links_of(6, good=[1, 0, 1, 1, 1, 1]), Level(0.5, 0.5)
+    assert network.around == network.offsets == (-2, -1, 0, 1, 2)
     mean = frames[[2, 4, 5]].mean(0) - 0.5
     expected = 2 * mean
     expected[:-1] += mean[1:]
     context = frame_context(network, frames, 3, links=links, level=level)
     torch.testing.assert_close(context, expected, rtol=1e-5, atol=1e-5)
+    wider = untrained("blindspot", {**NETWORKS["blindspot"], "context": 1, "around": 7}, seed=0)
+    wider.kernel.copy_(torch.zeros(3, 3))
+    wider.kernel[1, 1] = 1
+    mean = frames[[0, 2, 4, 5]].mean(0) - 0.5
+    torch.testing.assert_close(frame_context(wider, frames, 3, links=links, level=level), mean, rtol=1e-5, atol=1e-5)
     assert frame_context(untrained("wcvd", NETWORKS["wcvd"], seed=0), frames, 3, links=links, level=level) is None
 
 
@@ -150,7 +148,7 @@ NETWORKS = {
 def network(request):
     if request.param != "context":
         return untrained(request.param, NETWORKS[request.param], seed=3)
-    network = untrained("blindspot", {**NETWORKS["blindspot"], "context": 20}, seed=3)
+    network = untrained("blindspot", {**NETWORKS["blindspot"], "context": 20, "around": 9}, seed=3)
     with torch.no_grad():
         network.kernel.copy_(torch.rand(41, 41) / 100)
         network.early.weight.normal_()
@@ -177,7 +175,7 @@ def run(network, movie, *, indices=None, tile=None, dtype="float32", cut=slice(N
 @pytest.mark.parametrize("length", [1, 4, 5])
 def test_any_cut_gives_the_same_bits(network, movie, dtype, length):
     whole = run(network, movie, dtype=dtype, tile=32)
-    halo = max(network.offsets)
+    halo = max(network.around)
     for start in range(0, 12, length):
         stop = min(start + length, 12)
         first = max(0, start - halo)
@@ -195,6 +193,20 @@ def test_any_cut_gives_the_same_bits(network, movie, dtype, length):
 @pytest.mark.parametrize("tile", [16, 30, 33, 512])
 def test_tiles_equal_the_whole_frame(network, movie, tile):
     np.testing.assert_allclose(run(network, movie, tile=tile), run(network, movie), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tile", [None, 30])
+def test_errors_are_stated_beside_the_same_estimates(movie, tile):
+    frames, links, level = movie
+    how = {"links": links, "level": level, "tile": tile, "dtype": "float32"}
+    for errors in (True, False):
+        network = untrained("blindspot", {**NETWORKS["blindspot"], "context": 8, "errors": errors}, seed=3)
+        estimate, expected = denoise_with_errors(network, frames, [2, 5], **how)
+        np.testing.assert_array_equal(estimate, denoise(network, frames, [2, 5], **how))
+        assert (expected > 0).all() if errors else np.isnan(expected).all()
+    _, expected = denoise_with_errors(untrained("wcvd", NETWORKS["wcvd"], seed=0), frames, [2], **how)
+    assert expected.shape == (1, *frames.shape[1:])
+    assert np.isnan(expected).all()
 
 
 def test_results_do_not_depend_on_the_number_of_threads(network, movie):

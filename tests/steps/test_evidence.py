@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.steps import columns
-from pipeline.steps.denoise import FrameLinks, neighbourhood
+from pipeline.steps.neighbours import FrameLinks, neighbourhood
 from tests import oracles_columns as oracle
 
 FIT = {"width": 2.5, "fit_width": False, "readout_variance": 0.0, "share": 0.3}

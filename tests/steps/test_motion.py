@@ -8,12 +8,13 @@ import torch
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from pipeline import provenance
-from pipeline.networks.adapt import spread_of_motion
+from pipeline.networks.adapt import fit_filter
 from pipeline.networks.adapt_sample import Sample, seen
 from pipeline.networks.blindspot import BlindSpot
-from pipeline.networks.wiener import NeighbourWiener, wiener_kernel
+from pipeline.networks.wiener import NeighbourWiener
 from pipeline.steps import motion
-from pipeline.steps.denoise import FrameLinks, Level, denoise, local_shifts, measure_level, neighbour_stack
+from pipeline.steps.denoise import denoise
+from pipeline.steps.neighbours import FrameLinks, Level, local_shifts, measure_level, neighbour_stack
 
 SIDE, FRAMES = 272, 9
 DOSE = 2.0
@@ -41,11 +42,10 @@ def sample_of(clean, seed=0):
     return Sample(torch.from_numpy(counts), links_of(len(counts)), measure_level(counts, readout_variance=0))
 
 
-def filter_of(sample, *, moving=True):
+def filter_of(sample, *, moving=True, around=5):
     """A Wiener filter of the neighbours that knows how far parts of the sample move."""
-    plain = NeighbourWiener(frames=5, context=16)
-    plain.kernel.copy_(wiener_kernel(sample.frames, sample.links.good, sample.level, neighbours=4, reach=16))
-    plain.motion = spread_of_motion(plain, sample) if moving else ()
+    plain = NeighbourWiener(frames=5, context=16, around=around)
+    fit_filter(plain, sample._replace(moving=moving))
     return plain
 
 
@@ -97,14 +97,14 @@ def test_a_turning_sheet_is_followed_to_a_fraction_of_a_pixel(turned):
     inner = (slice(16, -16), slice(16, -16))
     for index in (3, 4):
         shifts = local_shifts(network, sample.frames, index, links=sample.links, level=sample.level)
-        for slot, offset in enumerate(network.offsets):
+        for slot, offset in enumerate(network.around):
             turn = angles[index + offset] - angles[index]
             # A pattern that turns by a moves by a times the distance from the middle, across it.
             expected = np.stack([turn * x, -turn * y])
             found = motion.field_at(shifts[slot], torch.arange(SIDE), torch.arange(SIDE)).numpy()
             error = (found - expected)[(slice(None), *inner)]
             assert np.sqrt(np.mean(error**2)) < max(0.2, 0.25 * np.sqrt(np.mean(expected**2)))
-        assert not shifts[network.offsets.index(0)].any()
+        assert not shifts[network.around.index(0)].any()
 
 
 def test_neighbours_that_were_moved_are_nearer_to_the_truth(turned):
@@ -154,7 +154,10 @@ def test_moments_do_not_depend_on_the_rows_they_are_taken_in():
 
 def test_in_a_training_view_no_way_leads_back_to_the_pixel_itself(turned):
     """The estimate where a view is judged, through displacements, moved neighbours, their filter and the network."""
-    sample, network = turned[2], BlindSpot(frames=5, channels=16, dilations=[2], context=16, motion=turned[3].motion)
+    sample, network = (
+        turned[2],
+        BlindSpot(frames=5, channels=16, dilations=[2], context=16, around=7, motion=turned[3].motion),
+    )
     with torch.no_grad():
         network.kernel.copy_(turned[3].kernel)
         network.early.weight.normal_(0, 0.1)
@@ -179,11 +182,11 @@ def test_in_a_training_view_no_way_leads_back_to_the_pixel_itself(turned):
 
 
 def test_frames_are_moved_alike_however_a_movie_and_a_frame_are_cut(turned):
-    sample, network = turned[2], turned[3]
+    sample, network = turned[2], filter_of(turned[2], around=7)
     how = {"level": sample.level, "dtype": "float32"}
     whole = denoise(network, sample.frames, range(9), links=sample.links, tile=None, **how)
     part = denoise(
-        network, sample.frames[2:7], [2], links=FrameLinks(*(p[2:7] for p in sample.links)), tile=None, **how
+        network, sample.frames[1:8], [3], links=FrameLinks(*(p[1:8] for p in sample.links)), tile=None, **how
     )
     np.testing.assert_array_equal(part[0], whole[4])
     small = denoise(network, sample.frames, [4], links=sample.links, tile=48, **how)
@@ -205,7 +208,7 @@ def test_a_region_is_moved_as_the_frame_is(turned):
     frames[3, 50:53, 60] = torch.nan
     links = sample.links._replace(drift=np.arange(18).reshape(9, 2) % 5)
     shifts = local_shifts(network, frames, 4, links=links, level=sample.level)
-    common = {"offsets": network.offsets, "links": links, "fill": sample.level.mean, "shifts": shifts}
+    common = {"offsets": network.around, "links": links, "fill": sample.level.mean, "shifts": shifts}
     stack, valid = neighbour_stack(frames, 4, **common)
     for top, left, height, width in [(0, 0, 40, 50), (33, 21, 64, 70), (100, 90, 44, 54)]:
         here = (slice(None), slice(top, top + height), slice(left, left + width))

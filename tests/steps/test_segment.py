@@ -9,7 +9,7 @@ from pipeline.networks.adapt import bound
 from pipeline.networks.msdnet import MSDNet
 from pipeline.networks.weights import load_weights
 from pipeline.simulate.movie import MovieSpec, simulate_frames, simulate_movie
-from pipeline.steps import denoise, segment
+from pipeline.steps import denoise, neighbours, segment
 from schemas.errors import SettingsError
 
 
@@ -77,8 +77,8 @@ def test_columns_are_found_where_they_are(columns, spec, polarity):
 def test_pure_noise_once_denoised_holds_no_columns(columns, dose):
     movie = simulate_frames((200, 200), 8, sampling=0.17, dose=dose, seed=3)
     electrons = movie.counts.astype(np.float32)
-    links = denoise.FrameLinks(np.zeros((8, 2), np.int64), np.ones(8, bool), np.zeros(8, np.int64))
-    level = denoise.measure_level(electrons, readout_variance=0.0)
+    links = neighbours.FrameLinks(np.zeros((8, 2), np.int64), np.ones(8, bool), np.zeros(8, np.int64))
+    level = neighbours.measure_level(electrons, readout_variance=0.0)
     network = bound(load_weights("denoise").module, electrons, links=links, level=level)
     made = denoise.denoise(network, electrons, [3, 4, 5], links=links, level=level, tile=None, dtype="auto")
     for polarity in (1, -1):
