@@ -57,7 +57,7 @@ def untrained(folder: Path) -> dict[str, str]:
     """Settings that name untrained small networks: for tests of what surrounds them."""
     torch.manual_seed(0)
     made = {
-        "denoise.weights": build("blindspot", {"frames": 7, "channels": 16, "dilations": [2, 4]}),
+        "denoise.weights": build("blindspot", {"frames": 7, "channels": 16, "dilations": [2, 4], "errors": True}),
         "segment.model": build("msdnet", {"inputs": 1, "outputs": 2, "width": 4, "dilations": [1, 2, 4]}),
     }
     paths = {}

@@ -153,9 +153,13 @@ def test_redo_does_a_step_and_those_after_again(runs: Runs, step: str, again: se
     assert same(runs.tables(), before)
 
 
-def denoised(runs: Runs) -> np.ndarray:
+def image(runs: Runs, name: str) -> np.ndarray:
     with store.open_tree(runs.output / "tiny.zarr") as tree:
-        return np.asarray(tree["images/denoised/s0/denoised"].values)
+        return np.asarray(tree[f"images/{name}/s0/{name}"].values)
+
+
+def denoised(runs: Runs) -> np.ndarray:
+    return image(runs, "denoised")
 
 
 def test_images_are_those_of_the_settings(runs: Runs) -> None:
@@ -163,8 +167,9 @@ def test_images_are_those_of_the_settings(runs: Runs) -> None:
     plain = denoised(runs)
     runs("images.save=[denoised]", "lowpass.cutoff=0.3")
     assert not np.array_equal(denoised(runs), plain)
-    runs("images.save=[denoised]")
+    runs("images.save=[denoised,uncertainty]")
     assert np.array_equal(denoised(runs), plain)
+    assert np.isnan(image(runs, "uncertainty")).all()  # WCVD does not know its own
     runs()
     assert not (runs.output / "tiny.zarr" / "images").exists()  # nobody asked for them: none are left over
 

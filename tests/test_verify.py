@@ -10,6 +10,7 @@ import pytest
 import zarr
 
 from pipeline import plan, store
+from pipeline.results.open import open_run
 from pipeline.verify import verify
 from schemas.errors import SettingsError
 from tests import e2e_tools as tools
@@ -25,7 +26,7 @@ def finished(tmp_path_factory) -> Path:
     )
     settings = {**tools.untrained(folder), "particles.model": bright, "particles.min_area": 1.0, "blocks.frames": 4}
     movie = tools.write_movie(folder / "lattice.tif", counts)
-    (outcome,) = tools.run_job(movie, folder / "out", **settings, **{"images.save": ["denoised"]})
+    (outcome,) = tools.run_job(movie, folder / "out", **settings, **{"images.save": ["denoised", "uncertainty"]})
     assert outcome.particles > 30
     return folder / "out"
 
@@ -44,6 +45,12 @@ def test_a_sound_run_is_the_same_bit_for_bit_with_other_cuts(run):
     said = tools.colonnade("verify", run.parent, "--blocks", 2)
     assert said.returncode == 0, said.stderr
     assert "nothing differs" in said.stdout and "bit for bit" in said.stdout
+
+
+def test_the_uncertainty_of_every_pixel_is_kept_where_the_denoiser_states_it(run):
+    uncertainty = open_run(run)["images/uncertainty/s0/uncertainty"]
+    assert uncertainty.attrs["units"] == "electron"
+    assert (uncertainty.values > 0).all()
 
 
 @pytest.mark.parametrize("name", ["particles/y", "frames/drift_x", "frames/snr", "frames/particle_count"])

@@ -8,7 +8,12 @@ import pytest
 from pipeline.results.open import open_run
 from tests import e2e_tools as tools
 
-SETTINGS = {"denoise.weights": "adapt", "denoise.steps": 20, "blocks.frames": 6, "images.save": ["denoised"]}
+SETTINGS = {
+    "denoise.weights": "adapt",
+    "denoise.steps": 20,
+    "blocks.frames": 6,
+    "images.save": ["denoised", "uncertainty"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +31,7 @@ def test_noise_is_left_to_the_filter_and_shows_nothing(noise, tmp_path):
     assert any(note.startswith("drift ") and "agree" in note for note in run.attrs["colonnade"]["notes"])
     assert (run["frames/drift_y_err"].values[1:] > 1.5 * tools.SAMPLING).all()
     assert run["images/denoised/s0/denoised"].values.std() < 0.03
+    assert np.isnan(run["images/uncertainty/s0/uncertainty"].values).all()  # nothing is known of it
     assert run["frames/column_count"].values.sum() == 0
 
 

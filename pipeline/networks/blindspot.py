@@ -24,9 +24,8 @@ TIERS: dict[str, dict[str, Any]] = {
 _CONTRAST = 0.2
 # The context has little noise, hence little amplitude in units of the noise: more of it makes it learnt sooner.
 _GAIN = 4.0
-# Logarithms of the least and of the largest error [units of `scale_of`] that a network can expect.
-_LOG_ERRORS = -8.0, 2.0
-_FIRST_ERROR = -2.5  # where learning it begins
+# The least error [units of `scale_of`] that a network can expect, and where learning it begins, before the softplus.
+_LEAST_ERROR, _FIRST_ERROR = 1e-3, -2.5
 
 
 def scale_of(level: Tensor) -> Tensor:
@@ -194,8 +193,9 @@ class BlindSpot(nn.Module):
         if errors and self.error is None:
             made.append(torch.full_like(made[0], torch.nan))
         elif errors and self.error is not None:
-            logarithm = self.error(h).float().clamp(*_LOG_ERRORS)
-            made.append(_shuffle(logarithm).exp()[:, :height, :width] * scale)
+            # Not an exponential: what is brighter than all that was trained on would be stated to be off by anything.
+            expected = functional.softplus(self.error(h).float()) + _LEAST_ERROR
+            made.append(_shuffle(expected)[:, :height, :width] * scale)
         return torch.stack(made, 1)
 
     def _half(self, x: Tensor, missing: Tensor | None, level: Tensor, extra: Tensor | None) -> Tensor:
