@@ -73,10 +73,9 @@ def adapt(
     or dark frames are soon learnt by heart. The last third of the steps of a BlindSpot trains the best network on its
     own estimates, averaged over the eight symmetries of the square: nearer to the truth than one of them alone, and
     with little noise; that is kept unless it did harm beyond chance. Training that did not help is thrown away, and so
-    is a network that does not beat the filter by more than chance: a movie of mere noise, say, is left to the filter,
-    which makes a constant of it. `crop` [px],
-    `batch` crops per step; Adam with a learning rate that falls as a cosine. The same arguments give the same bits on
-    one machine (one thread).
+    is a network that does not beat the filter, by more than chance where the filter found nothing: a movie of mere
+    noise, say, is left to the filter, which makes a constant of it. `crop` [px], `batch` crops per step; Adam with a
+    learning rate that falls as a cosine. The same arguments give the same bits on one machine (one thread).
     """
     begin = time.perf_counter()
     network = with_context(network, sample)
@@ -94,7 +93,9 @@ def adapt(
         after = best.risks
         plain = _wiener(network)
         filtered = np.full_like(before, np.nan) if plain is None else risk(plain)
-    kept = _which(before, after if best.step else np.full_like(before, np.nan), filtered)
+    # Behind a filter that found nothing a network must not find something by chance.
+    sure = 0.0 if plain is not None and bool(plain.kernel.any()) else SURE
+    kept = _which(before, after if best.step else np.full_like(before, np.nan), filtered, sure=sure)
     chosen = {"adapted": best.network, "initial": network, "wiener": plain}[kept]
     record = {
         "initial_risk": _mean(before),
@@ -112,12 +113,15 @@ def adapt(
     return Adapted(copy.deepcopy(cast(nn.Module, chosen)).eval(), record)
 
 
-def _which(initial: NDArray[np.float64], adapted: NDArray[np.float64], wiener: NDArray[np.float64]) -> str:
-    """What to keep, by the risks of the three, frame by frame; not finite: there is none."""
+def _which(
+    initial: NDArray[np.float64], adapted: NDArray[np.float64], wiener: NDArray[np.float64], *, sure: float
+) -> str:
+    """What to keep, by the risks of the three, frame by frame; not finite: there is none. A network is kept if it is
+    better than the filter by `sure` standard errors."""
     gained = _mean(adapted) < _mean(initial) or not np.isfinite(_mean(initial))
     kept, risks = ("adapted", adapted) if np.isfinite(_mean(adapted)) and gained else ("initial", initial)
     known = len(wiener) > 0 and bool(np.isfinite(wiener).all())
-    return "wiener" if known and not (np.isfinite(risks).all() and _beats(risks, wiener)) else kept
+    return "wiener" if known and not (np.isfinite(risks).all() and _beats(risks, wiener, sure=sure)) else kept
 
 
 def _wiener(network: nn.Module) -> NeighbourWiener | None:
@@ -204,7 +208,7 @@ def _in_two_parts(
     calm = _averaged(best.network, batches.sample, whole, dtype=dtype)
     # It has hardly anything to learn by heart, and at low dose its gain is less than what is known of its risk.
     second = train(best.network, draws(seed=seed + 1, targets=calm, seen=whole, dropout=0.0), steps=last, most_checks=1)
-    harmed = _beats(best.risks, second.risks) or not np.isfinite(_mean(second.risks))
+    harmed = _beats(best.risks, second.risks, sure=SURE) or not np.isfinite(_mean(second.risks))
     return best if harmed else second._replace(step=steps - last + second.step)
 
 
@@ -321,8 +325,8 @@ def _mean(risks: NDArray[np.float64]) -> float:
     return float(risks.mean()) if len(risks) else float("nan")
 
 
-def _beats(one: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
-    """Whether the risks `one` are below `other`, frame by frame, by SURE standard errors of their difference."""
+def _beats(one: NDArray[np.float64], other: NDArray[np.float64], *, sure: float) -> bool:
+    """Whether the risks `one` are below `other`, frame by frame, by `sure` standard errors of their difference."""
     gain = other - one
     chance = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
-    return bool(gain.mean() > SURE * chance) if len(gain) else False
+    return bool(gain.mean() > sure * chance) if len(gain) else False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -57,30 +58,38 @@ def denoise(
     same n frames; `level` is that of the whole movie. `tile` [px] bounds the memory (none: whole frames at once) and,
     like `dtype` (auto: bfloat16 where the processor has it), may change the last bits. `network` must be on `device`.
     """
-    how: dict[str, Any] = {"links": links, "level": level, "tile": tile, "dtype": dtype, "device": device}
-    return _each(network, network, frames, indices, **how)[:, 0]
+    one = partial(_one_frame, network, network, links=links, level=level, tile=tile)
+    return _each(one, frames, indices, dtype=dtype, device=device)[:, 0]
 
 
 def denoise_with_errors(
-    network: DenoisingNetwork, frames: NDArray[np.float32] | Tensor, indices: Sequence[int], **how: Any
+    network: DenoisingNetwork,
+    frames: NDArray[np.float32] | Tensor,
+    indices: Sequence[int],
+    *,
+    dtype: DType,
+    device: str = "cpu",
+    **how: Any,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """As `denoise`, with the same arguments, and the standard deviation of the estimate's error that the network
     expects, (len(indices), y, x) [electrons]; NaN where it knows none."""
     run = getattr(network, "with_errors", None)
-    made = _each(network, run or network, frames, indices, **{"device": "cpu", **how})
+    made = _each(partial(_one_frame, network, run or network, **how), frames, indices, dtype=dtype, device=device)
     return made[:, 0], made[:, 1] if run else np.full_like(made[:, 0], np.nan)
 
 
 def _each(
-    network: DenoisingNetwork, run: Callable[..., Tensor], frames: NDArray[np.float32] | Tensor,
-    indices: Sequence[int], *, links: FrameLinks, level: Level, tile: int | None, dtype: DType, device: str,
-) -> NDArray[np.float32]:  # fmt: skip
-    """What `run`, the network or its `with_errors`, makes of frames one by one, (len(indices), 1 or 2, y, x)."""
+    one: Callable[[Tensor, int], Tensor],
+    frames: NDArray[np.float32] | Tensor,
+    indices: Sequence[int],
+    *,
+    dtype: DType,
+    device: str,
+) -> NDArray[np.float32]:
+    """What is made of frames one by one, (len(indices), 1 or 2, y, x)."""
     images = torch.as_tensor(frames).to(device)
     with torch.inference_mode(), one_thread(), reduced_precision(device, dtype):
-        made = [
-            _one_frame(network, run, images, int(index), links=links, level=level, tile=tile).cpu() for index in indices
-        ]
+        made = [one(images, int(index)).cpu() for index in indices]
     return torch.stack(made).numpy() if made else np.empty((0, 2, *images.shape[-2:]), dtype=np.float32)
 
 
