@@ -306,9 +306,9 @@ def test_costs_count_the_stack() -> None:
 
 @pytest.mark.parametrize(
     ("items", "halo"),
-    [(["denoise.network=none"], 0), (["denoise.network=wcvd"], 1), (["denoise.tier=small"], 2), ([], 3)],
+    [(["denoise.network=none"], 0), (["denoise.network=wcvd"], 1), (["denoise.tier=small"], 7), ([], 7)],
 )
-def test_the_halo_is_what_the_denoiser_looks_at(items: list[str], halo: int, weights: list[str]) -> None:
+def test_the_halo_is_what_the_denoiser_and_its_filter_look_at(items: list[str], halo: int, weights: list[str]) -> None:
     assert plan.denoiser_halo(Settings.model_validate(parse_overrides(items))) == halo
     assert plan.denoiser_halo(Settings.model_validate(parse_overrides(weights))) == 2
 
