@@ -14,7 +14,7 @@ from scipy.special import gammainccinv
 from torch import Tensor, nn
 
 from pipeline.networks.blindspot import offsets_around, offsets_of
-from pipeline.steps.neighbours import DenoisingNetwork, FrameLinks, Level, mean_of_neighbours
+from pipeline.steps.neighbours import DenoisingNetwork, FrameLinks, Level, local_shifts, mean_of_neighbours
 
 # The smoothing of the spectrum [frequency steps of the frame].
 SMOOTHING = 0.7
@@ -80,7 +80,8 @@ def common_power(
     side = int(next_fast_len(max(*frames.shape[-2:], 2 * reach + 2), real=True))
     power, many = np.zeros((side, side)), []
     for index in np.flatnonzero(links.good):
-        mean, count = mean_of_neighbours(network, frames, int(index), links=links, level=level)
+        shifts = local_shifts(network, frames, int(index), links=links, level=level)
+        mean, count = mean_of_neighbours(network, frames, int(index), links=links, level=level, shifts=shifts)
         use = (count > 0) & torch.isfinite(frames[index])
         if bool(use.any()):
             pair = (frames[index] / level.mean - 1, mean / level.mean)

@@ -169,12 +169,8 @@ def frame_context(
     """
     if not network.context_radius:
         return None
-    if shifts is None:
-        others = [offset for offset in network.around if offset]
-        total, count = _added(frames, index, others, links=links, level=level.mean)
-        return convolved(total / count.clamp_min(1), network.kernel)
-    stack, valid = neighbour_stack(frames, index, offsets=network.around, links=links, fill=level.mean, shifts=shifts)
-    return context_of(network, stack, valid, level)
+    mean, _ = mean_of_neighbours(network, frames, index, links=links, level=level, shifts=shifts)
+    return convolved(mean, network.kernel)
 
 
 def context_of(network: DenoisingNetwork, stack: Tensor, valid: Tensor, level: Level) -> Tensor:
@@ -183,15 +179,13 @@ def context_of(network: DenoisingNetwork, stack: Tensor, valid: Tensor, level: L
 
 
 def mean_of_neighbours(
-    network: DenoisingNetwork, frames: Tensor, index: int, *, links: FrameLinks, level: Level
+    network: DenoisingNetwork, frames: Tensor, index: int, *, links: FrameLinks, level: Level, shifts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Mean (y, x) [electrons about the mean] of the frames `around` one, without it, parts followed as `network` does,
-    and how many each pixel has."""
-    shifts = local_shifts(network, frames, index, links=links, level=level)
+    """Mean (y, x) [electrons about the mean] of the frames `around` one, without it, parts moved by `shifts`, and how
+    many each pixel has."""
     if shifts is None:
-        total, count = _added(
-            frames, index, [offset for offset in network.around if offset], links=links, level=level.mean
-        )
+        others = [offset for offset in network.around if offset]
+        total, count = _added(frames, index, others, links=links, level=level.mean)
         return total / count.clamp_min(1), count
     stack, valid = neighbour_stack(frames, index, offsets=network.around, links=links, fill=level.mean, shifts=shifts)
     return _mean_of(network, stack, valid, level)
