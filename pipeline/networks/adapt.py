@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from pipeline.networks.adapt_sample import Batches, Sample, Seen, held_out, seen, turned, turned_back
 from pipeline.networks.blindspot import CONTEXT_RADIUS, BlindSpot, scale_of
 from pipeline.networks.weights import build
-from pipeline.networks.wiener import NeighbourWiener, wiener_kernel
+from pipeline.networks.wiener import NeighbourWiener, leftover_filter, wiener_kernel
 from pipeline.steps.denoise import DType, one_thread, reduced_precision
 from pipeline.steps.motion import learnt_spread
-from pipeline.steps.neighbours import DenoisingNetwork, FrameLinks, Level, compared
+from pipeline.steps.neighbours import DenoisingNetwork, FrameLinks, Level, compared, convolved
 
 CHECK_FRAMES = 32
 # Looks at the running mean over about MEMORY steps in a training, and how many in a row may be no better. A look costs
@@ -83,29 +83,30 @@ def adapt(
     held = held_out(sample, seed=seed)
     with one_thread():
         told = seen(network, sample)
-        risk = partial(_risks, sample=sample, held=held, told=told, dtype=dtype)
-        before = risk(network)
-        best = _Best(network, before, 0)
+        # Where nothing is trained, all pixels are as good as those held out, and tell more.
+        judge = Judge(sample, held if steps else torch.ones_like(held), told, dtype)
+        completed, before = judge.completed(network)
+        trained = None
         if steps and sample.links.good.any():
             draws = partial(Batches, sample, held, seen=told, crop=crop, batch=batch)
-            train = partial(_train, risk=risk, learning_rate=learning_rate, dtype=dtype)
-            best = _in_two_parts(network, draws, train, steps=steps, seed=seed, dtype=dtype)
-        after = best.risks
+            train = partial(_train, risk=judge.risks, learning_rate=learning_rate, dtype=dtype)
+            trained = _in_two_parts(network, draws, train, steps=steps, seed=seed, dtype=dtype)
+        made, after = (completed, before) if trained is None else judge.completed(trained.network)
         plain = _wiener(network)
-        filtered = np.full_like(before, np.nan) if plain is None else risk(plain)
+        filtered = np.full_like(before, np.nan) if plain is None else judge.risks(plain)
     # Behind a filter that found nothing a network must not find something by chance.
     sure = 0.0 if plain is not None and bool(plain.kernel.any()) else SURE
-    kept = _which(before, after if best.step else np.full_like(before, np.nan), filtered, sure=sure)
-    chosen = {"adapted": best.network, "initial": network, "wiener": plain}[kept]
+    kept = _which(before, np.full_like(before, np.nan) if trained is None else after, filtered, sure=sure)
+    chosen = {"adapted": made, "initial": completed, "wiener": plain}[kept]
     record = {
         "initial_risk": _mean(before),
         "final_risk": _mean(after),
         "wiener_risk": _mean(filtered),
         "kept": kept,
         "steps": steps,
-        "best_step": best.step,
+        "best_step": trained.step if trained else 0,
         "seconds": time.perf_counter() - begin,
-        "step_seconds": best.pace,
+        "step_seconds": trained.pace if trained else 0.0,
         "sample_frames": len(sample.frames),
         "motion": list(cast(DenoisingNetwork, network).motion),
         "device": str(device),
@@ -149,11 +150,15 @@ def with_context(network: nn.Module, sample: Sample) -> nn.Module:
     reach, frames = network.context_radius or CONTEXT_RADIUS, len(network.offsets)
     plain = NeighbourWiener(frames=frames, context=reach, around=len(network.around))
     fit_filter(plain, sample)
-    grown = cast(BlindSpot, build("blindspot", {**network.config, "context": reach, "motion": plain.motion}))
-    device = next(network.parameters()).device
-    fresh = {name: value for name, value in grown.state_dict().items() if name in ("early.weight", "skip")}
-    grown.load_state_dict({**fresh, **network.state_dict(), "kernel": plain.kernel})
-    return grown.to(device)
+    return _rebuilt(network, {"context": reach, "motion": plain.motion, "leftover": False}, {"kernel": plain.kernel})
+
+
+def _rebuilt(network: BlindSpot, config: dict[str, Any], tensors: dict[str, Tensor]) -> BlindSpot:
+    """A copy with another configuration, some of its tensors given; what only one of both has is new or lost."""
+    made = cast(BlindSpot, build("blindspot", {**network.config, **config}))
+    known = {**network.state_dict(), **tensors}
+    made.load_state_dict({name: known.get(name, value) for name, value in made.state_dict().items()})
+    return made.to(next(network.parameters()).device)
 
 
 def fit_filter(network: DenoisingNetwork, sample: Sample) -> None:
@@ -183,9 +188,12 @@ def spread_of_motion(network: DenoisingNetwork, sample: Sample) -> tuple[float, 
 def bound(
     network: nn.Module, frames: NDArray[np.float32], *, links: FrameLinks, level: Level, motion: bool = True
 ) -> DenoisingNetwork:
-    """A network for the frames (m, y, x) [electrons] of a movie: the filter of its neighbours measured on them."""
+    """A network for the frames (m, y, x) [electrons] of a movie, with the filters that are measured on them."""
     sample = Sample(torch.from_numpy(np.ascontiguousarray(frames)), links, level, motion)
-    return cast(DenoisingNetwork, with_context(network, sample).eval())
+    told = with_context(network, sample).eval()
+    with one_thread():
+        judge = Judge(sample, torch.ones_like(sample.frames, dtype=torch.bool), seen(told, sample), "auto")
+        return cast(DenoisingNetwork, judge.completed(told)[0].eval())
 
 
 def _in_two_parts(
@@ -296,29 +304,73 @@ def blend(average: nn.Module, network: nn.Module, share: float) -> None:
         kept.lerp_(new, share)
 
 
-def _risks(network: nn.Module, *, sample: Sample, held: Tensor, told: Seen, dtype: DType) -> NDArray[np.float64]:
-    """Estimated mean squared error over the squared mean, frame by frame, from pixels that were never a target."""
-    frames, links, level, _ = sample
-    device = next(chain(network.parameters(), network.buffers())).device
-    usable = np.flatnonzero(links.good)
-    chosen = usable[np.unique(np.linspace(0, len(usable) - 1, CHECK_FRAMES).round().astype(int))] if len(usable) else []
-    levels = torch.tensor(level, dtype=torch.float32, device=device)
-    risks = []
-    with torch.inference_mode(), reduced_precision(str(device), dtype):
-        for index in chosen:
-            excess = []
-            for view in range(len(told.contexts)):
-                parts = told.inputs(sample, view, int(index), _offsets(network), None)
-                estimate = network(*(part[None].to(device) for part in parts[:2]), levels, parts[2][None].to(device))
-                use = held[index] & told.judged(view) & torch.isfinite(frames[index])
-                counts = frames[index][use].double()
-                # The noise of a count is estimated by the count itself; that of a difference of networks cancels.
-                readout = level.variance - level.mean
-                excess.append((counts - estimate[0].cpu()[use]) ** 2 - counts - readout)
-            values = torch.cat(excess)
-            if len(values):
-                risks.append(float(values.mean()) / level.mean**2)
-    return np.array(risks)
+class Judge(NamedTuple):
+    """Estimates of a sample that are independent of the noise of what they are compared with."""
+
+    sample: Sample
+    held: Tensor
+    told: Seen
+    dtype: DType
+
+    @property
+    def chosen(self) -> NDArray[np.int64]:
+        """Frames that are looked at."""
+        usable = np.flatnonzero(self.sample.links.good)
+        return (
+            usable[np.unique(np.linspace(0, len(usable) - 1, CHECK_FRAMES).round().astype(int))]
+            if len(usable)
+            else usable
+        )
+
+    def risks(self, network: nn.Module) -> NDArray[np.float64]:
+        """Estimated mean squared error over the squared mean, frame by frame, from pixels that were never a target."""
+        return self._risks(self._estimates(network))
+
+    def completed(self, network: nn.Module) -> tuple[nn.Module, NDArray[np.float64]]:
+        """A BlindSpot with what it left over of the sample, and its risks then."""
+        estimates = self._estimates(network)
+        told = isinstance(network, BlindSpot) and network.context_radius and bool(network.kernel.any())
+        if not isinstance(network, BlindSpot) or not told or not len(estimates):
+            return network, self._risks(estimates)
+        contexts = self.told.contexts[:, self.chosen, 0]
+        found = leftover_filter(self.sample.frames[self.chosen] - estimates, self._joined(contexts))
+        kernel = convolved(network.kernel, found.to(network.kernel.device))
+        grown = _rebuilt(network, {"leftover": True}, {"leftover_kernel": kernel})
+        return grown.train(network.training), self._risks(estimates + self._joined(convolved(contexts, found)))
+
+    def _estimates(self, network: nn.Module) -> Tensor:
+        """Of the frames that are looked at, (m, y, x) [electrons]."""
+        device = next(chain(network.parameters(), network.buffers())).device
+        level = torch.tensor(self.sample.level, dtype=torch.float32, device=device)
+        views = range(len(self.told.contexts))
+        made = torch.zeros(len(views), len(self.chosen), *self.sample.frames.shape[-2:])
+        with torch.inference_mode(), reduced_precision(str(device), self.dtype):
+            for row, index in enumerate(self.chosen):
+                for view in views:
+                    parts = self.told.inputs(self.sample, view, int(index), _offsets(network), None)
+                    stack, valid, context = (part[None].to(device) for part in parts)
+                    made[view, row] = network(stack, valid, level, context)[0].float().cpu()
+        return self._joined(made)
+
+    def _joined(self, views: Tensor) -> Tensor:
+        """Of images (view, m, y, x) those pixels whose view knows nothing of the frame there, (m, y, x)."""
+        out = views[0].clone()
+        for view in range(1, len(views)):
+            out[:, self.told.judged(view)] = views[view][:, self.told.judged(view)]
+        return out
+
+    def _risks(self, estimates: Tensor) -> NDArray[np.float64]:
+        frames, level = self.sample.frames, self.sample.level
+        # The noise of a count is estimated by the count itself; that of a difference of networks cancels.
+        readout = level.variance - level.mean
+        risks = []
+        for index, estimate in zip(self.chosen, estimates, strict=True):
+            use = self.held[index] & torch.isfinite(frames[index])
+            counts = frames[index][use].double()
+            excess = (counts - estimate[use]) ** 2 - counts - readout
+            if len(excess):
+                risks.append(float(excess.mean()) / level.mean**2)
+        return np.array(risks)
 
 
 def _mean(risks: NDArray[np.float64]) -> float:

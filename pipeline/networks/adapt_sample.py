@@ -117,7 +117,7 @@ class Seen(NamedTuple):
     """
 
     contexts: Tensor
-    """(view, m, y, x) [electrons about the mean]: the filtered mean of the neighbours."""
+    """(view, m, k, y, x) [electrons about the mean]: the filtered mean of the neighbours."""
     shifts: Tensor | None
     """(view, m, slot, 2, by, bx) [px], see `pipeline.steps.neighbours.local_shifts`; None: no motion."""
 
@@ -132,7 +132,7 @@ class Seen(NamedTuple):
     def inputs(
         self, sample: Sample, view: int, index: int, offsets: Sequence[int], region: tuple[int, int, int, int] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Stack, validity (slot, y, x) and context (y, x) of one frame, or of a region of it."""
+        """Stack, validity (slot, y, x) and context (k, y, x) of one frame, or of a region of it."""
         shifts = None if self.shifts is None else self.shifts[view, index]
         stack, valid = neighbour_stack(
             sample.frames, index, offsets=offsets, links=sample.links, fill=sample.level.mean, region=region,
@@ -141,7 +141,7 @@ class Seen(NamedTuple):
         context = self.contexts[view, index]
         if region is not None:
             top, left, height, width = region
-            context = context[top : top + height, left : left + width]
+            context = context[:, top : top + height, left : left + width]
         return stack, valid, context
 
 
@@ -149,10 +149,11 @@ def seen(network: nn.Module, sample: Sample, *, whole: bool = False) -> Seen:
     """What `network` is told of a sample: in two views if parts of it move, unless one `whole` view is asked for."""
     told = cast(DenoisingNetwork, network)
     links, level = sample.links, sample.level
-    frames = sample.frames.to(told.kernel.device if told.context_radius else "cpu")
+    frames = sample.frames.to(told.kernels.device if told.context_radius else "cpu")
     moving = any(told.motion) and bool(told.context_radius)
     views = 2 if moving and not whole else 1
-    contexts = torch.zeros(views, *sample.frames.shape)
+    many, size = len(told.kernels) if told.context_radius else 1, sample.frames.shape[-2:]
+    contexts = torch.zeros(views, len(frames), many, *size)
     shifts = None
     for index in np.flatnonzero(links.good) if told.context_radius else []:
         moments = compared(told, frames, int(index), links=links, level=level) if moving else None
@@ -193,7 +194,7 @@ class Batches:
         return int(torch.randint(0, stop, (), generator=self.generator))
 
     def draw(self, offsets: Sequence[int]) -> tuple[Tensor, ...]:
-        """Stack, validity (batch, slot, y, x), target, weight and context (batch, y, x)."""
+        """Stack, validity (batch, slot, y, x), target, weight (batch, y, x) and context (batch, k, y, x)."""
         crops = [self._one(offsets) for _ in range(self.batch)]
         return tuple(torch.stack(parts) for parts in zip(*crops, strict=True))
 

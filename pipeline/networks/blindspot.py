@@ -77,11 +77,14 @@ class BlindSpot(nn.Module):
     `own_frame` it sees nothing of a centre frame that has any neighbour: where a detector spreads the noise of a pixel
     over others, these would betray it. `motion`: how far parts of its movie move on their own [px] (see
     `pipeline.steps.motion`), empty where that is not known. With `errors` it can also say how far off it expects to be,
-    from the same features, hence as blind; see `with_errors`.
+    from the same features, hence as blind; see `with_errors`. With `leftover` the mean of the neighbours behind a
+    second filter, `leftover_kernel`, is added to the estimate: what the network leaves over of its movie (see
+    `pipeline.networks.wiener.leftover_kernel`).
     """
 
     periodic = False
     kernel: Tensor
+    leftover_kernel: Tensor | None
 
     def __init__(
         self,
@@ -94,6 +97,7 @@ class BlindSpot(nn.Module):
         own_frame: bool = True,
         motion: Sequence[float] = (),
         errors: bool = False,
+        leftover: bool = False,
     ) -> None:
         super().__init__()
         if frames < 1 or frames % 2 == 0:
@@ -111,6 +115,8 @@ class BlindSpot(nn.Module):
             self.config["motion"] = list(motion)
         if errors:
             self.config["errors"] = True
+        if leftover:
+            self.config["leftover"] = True
         self.motion = tuple(motion)
         self.context_radius = context
         if around:
@@ -129,6 +135,7 @@ class BlindSpot(nn.Module):
         self.dose = nn.Sequential(nn.Linear(2, 16), nn.SiLU(), gains)
         if context:
             self.register_buffer("kernel", torch.zeros(2 * context + 1, 2 * context + 1))
+            self.register_buffer("leftover_kernel", torch.zeros_like(self.kernel) if leftover else None)
             self.early = nn.Conv2d(4, channels, 1, bias=False)
             self.skip = nn.Parameter(torch.zeros(1))
             nn.init.zeros_(self.early.weight)
@@ -148,13 +155,19 @@ class BlindSpot(nn.Module):
         convolutions = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
         return sum(m.weight.numel() for m in convolutions) / 4
 
+    @property
+    def kernels(self) -> Tensor:
+        """The filters of the mean of the neighbours, (1 or 2, y, x)."""
+        parts = (self.kernel, self.leftover_kernel)
+        return torch.stack([part for part in parts if part is not None])
+
     def forward(self, frames: Tensor, valid: Tensor, level: Tensor, context: Tensor | None = None) -> Tensor:
         """Estimate the centre frame, (batch, y, x) [electrons].
 
         frames (batch, slot, y, x) [electrons], slots in the order of `offsets`, holding the mean of `level` where they
         have no data; valid (batch, slot, y, x) bool: where they have; level (2,): mean and noise variance of the movie
-        [electrons], one for the whole batch; context (batch, y, x) [electrons about the mean]: the filtered mean of
-        the neighbours, for a network that uses it.
+        [electrons], one for the whole batch; context (batch, k, y, x) [electrons about the mean]: the mean of the
+        neighbours behind each of `kernels`, for a network that uses it.
         """
         return self._run(frames, valid, level, context, errors=False)[:, 0]
 
@@ -177,7 +190,7 @@ class BlindSpot(nn.Module):
             valid[:, own] &= ~hidden
         # An odd edge is repeated inside its own 2 x 2 block, which is blind as a whole; reflecting it would leak.
         odd = (0, width % 2, 0, height % 2)
-        extra = None if context is None or not self.context_radius else (context / scale)[:, None]
+        extra = None if context is None or not self.context_radius else context[:, :1] / scale
         if any(odd):
             x = functional.pad(x, odd, mode="replicate")
             extra = None if extra is None else functional.pad(extra, odd, mode="replicate")
@@ -190,6 +203,8 @@ class BlindSpot(nn.Module):
         if extra is not None:
             y = y + self.skip * extra
         made = [torch.add(mean, _shuffle(y)[:, :height, :width] * scale)]
+        if context is not None and context.shape[1] > 1:
+            made[0] = made[0] + context[:, 1]
         if errors and self.error is None:
             made.append(torch.full_like(made[0], torch.nan))
         elif errors and self.error is not None:

@@ -20,6 +20,9 @@ from pipeline.steps.neighbours import DenoisingNetwork, FrameLinks, Level, local
 SMOOTHING = 0.7
 # Chance that a frequency of mere noise counts as signal.
 FALSE = 1e-6
+# How far the filter of what a network left over reaches [px], in essence, and the standard errors by which a frequency
+# of it must differ from nothing.
+LEFT_REACH, LEFT_SURE = 12.0, 2.0
 
 
 class NeighbourWiener(nn.Module):
@@ -50,11 +53,16 @@ class NeighbourWiener(nn.Module):
         self.context_radius = context
         self.register_buffer("kernel", torch.zeros(2 * context + 1, 2 * context + 1))
 
+    @property
+    def kernels(self) -> Tensor:
+        """Its filter, (1, y, x)."""
+        return self.kernel[None]
+
     def forward(self, frames: Tensor, valid: Tensor, level: Tensor, context: Tensor | None = None) -> Tensor:
-        """The centre frame (batch, y, x) [electrons], of `context` (batch, y, x) [electrons about the mean] alone."""
+        """The centre frame (batch, y, x) [electrons], of `context` (batch, 1, y, x) [electrons about the mean]."""
         if context is None:
             return torch.full_like(frames[:, 0], float(level[0]))
-        return level[0] + context
+        return level[0] + context[:, 0]
 
 
 def wiener_kernel(network: DenoisingNetwork, frames: Tensor, *, links: FrameLinks, level: Level) -> Tensor:
@@ -108,6 +116,37 @@ def least_of(many: NDArray[np.float64]) -> float:
         return 0.0
     shape = 4 * np.pi * SMOOTHING**2 * max(len(many) / (float(np.mean(many)) + 1), 1.0)
     return scatter_of(many) * float(gammainccinv(shape, FALSE) - shape) / shape**0.5
+
+
+def leftover_filter(residuals: Tensor, contexts: Tensor) -> Tensor:
+    """The even filter (2 r + 1, 2 r + 1) of the context of frames that best makes what a network left over of them.
+
+    residuals (m, y, x) [electrons]: frames less their blind estimates, NaN where they do not count; contexts (m, y, x)
+    [electrons about the mean], whose noise is not that of the frames. A Wiener filter: what both have in common over
+    the power of the context, each smoothed over frequencies by a window of `LEFT_REACH` pixels; zero where mere noise
+    would be as large.
+    """
+    height, width = residuals.shape[-2:]
+    common = torch.zeros(height, width // 2 + 1, dtype=torch.complex128, device=residuals.device)
+    power, noise, many = torch.zeros_like(common.real), 0.0, 0.0
+    for residual, context in zip(residuals, contexts, strict=True):
+        use = torch.isfinite(residual)
+        rest = torch.where(use, residual, 0)
+        spectrum = torch.fft.rfft2(context)
+        common += torch.fft.rfft2(rest) * spectrum.conj()
+        power += spectrum.abs().square() * use.float().mean()
+        noise, many = noise + float(rest.double().square().sum()), many + float(use.sum())
+    places = (torch.fft.fftfreq(size, 1 / size, dtype=torch.float64).to(power.device) for size in (height, width))
+    far = torch.meshgrid(*places, indexing="ij")
+    window = torch.exp(-(far[0] ** 2 + far[1] ** 2) / (2 * LEFT_REACH**2))
+    # A window over places smooths over frequencies.
+    common, power = (torch.fft.rfft2(window * torch.fft.irfft2(part, s=(height, width))) for part in (common, power))
+    power = power.real.clamp_min(max(1e-9 * float(power.abs().max()), torch.finfo(torch.float64).tiny))
+    chance = noise / max(many, 1) * power * float(window.square().sum()) / 2
+    shrunk = (1 - LEFT_SURE**2 * chance / common.real.square().clamp_min(1e-300)).clamp_min(0)
+    found = torch.fft.irfft2(common.real / power * shrunk, s=(height, width))
+    reach = min(int(4 * LEFT_REACH), (min(height, width) - 1) // 2)
+    return found.roll((reach, reach), (0, 1))[: 2 * reach + 1, : 2 * reach + 1].float()
 
 
 def kernel_of(signal: NDArray[np.float64], least: float, level: Level, *, around: Sequence[int], reach: int) -> Tensor:

@@ -123,7 +123,7 @@ def _one_frame(
                 )
             else:
                 stack, valid = (part[:, wy, wx] for part in whole)
-            told = None if context is None else context[None, wy, wx]
+            told = None if context is None else context[None, :, wy, wx]
             made = run(stack[None], valid[None], levels, told).view(-1, *stack.shape[-2:])
             if out is None:
                 out = torch.empty((len(made), height, width), dtype=torch.float32, device=frames.device)

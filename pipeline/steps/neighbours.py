@@ -52,10 +52,16 @@ class DenoisingNetwork(Protocol):
     periodic: bool
     context_radius: int
     kernel: Tensor
+    """(2 r + 1, 2 r + 1): the filter of the mean of the neighbours; r is `context_radius`, zero where there is none."""
     motion: tuple[float, ...]
 
+    @property
+    def kernels(self) -> Tensor:
+        """(k, 2 r + 1, 2 r + 1): `kernel`, and others that each make a context too."""
+
     def __call__(self, frames: Tensor, valid: Tensor, level: Tensor, context: Tensor | None = None) -> Tensor:
-        """(batch, slot, y, x) electrons and validity, (2,) level, (batch, y, x) context, to (batch, y, x) electrons."""
+        """(batch, slot, y, x) electrons and validity, (2,) level, (batch, k, y, x) contexts, to (batch, y, x)
+        electrons."""
 
 
 def frame_runs(time: NDArray[np.float64], *, max_gap: float) -> NDArray[np.int64]:
@@ -163,19 +169,19 @@ def frame_context(
     level: Level,
     shifts: Tensor | None = None,
 ) -> Tensor | None:
-    """The mean of a frame's neighbours, filtered by the kernel of the network, (y, x) [electrons about the mean].
+    """The mean of a frame's neighbours, filtered by the kernels of the network, (k, y, x) [electrons about the mean].
 
     The frame itself has no part in it, but for what `shifts` owe to it. None for a network that does not use it.
     """
     if not network.context_radius:
         return None
     mean, _ = mean_of_neighbours(network, frames, index, links=links, level=level, shifts=shifts)
-    return convolved(mean, network.kernel)
+    return convolved(mean, network.kernels)
 
 
 def context_of(network: DenoisingNetwork, stack: Tensor, valid: Tensor, level: Level) -> Tensor:
-    """The context of a frame whose neighbours are at hand, (slot, y, x), slots in the order of `around`."""
-    return convolved(_mean_of(network, stack, valid, level)[0], network.kernel)
+    """The context (k, y, x) of a frame whose neighbours are at hand, (slot, y, x), slots in the order of `around`."""
+    return convolved(_mean_of(network, stack, valid, level)[0], network.kernels)
 
 
 def mean_of_neighbours(
@@ -204,10 +210,10 @@ def compared(
 
     None for a network without such a filter.
     """
-    context = frame_context(network, frames, index, links=links, level=level)
-    if context is None:
+    if not network.context_radius:
         return None
-    guide, parts = context / level.mean, []
+    mean, _ = mean_of_neighbours(network, frames, index, links=links, level=level, shifts=None)
+    guide, parts = convolved(mean, network.kernel) / level.mean, []
     for top, rows in _bands(guide.shape[0]):
         comparison = motion.Comparison(guide, slice(top, top + rows), variance=level.variance / level.mean**2)
         for offset in network.around:
@@ -251,17 +257,17 @@ def relative_shifts(network: DenoisingNetwork, moments: motion.Moments) -> Tenso
     return found - found[network.around.index(0)]
 
 
-def convolved(image: Tensor, kernel: Tensor) -> Tensor:
-    """Convolution of an image (y, x) with a kernel (2 r + 1, 2 r + 1), as if there were zeros around the image."""
-    reach = kernel.shape[-1] // 2
-    shape = [next_fast_len(int(size) + reach, real=True) for size in image.shape]
-    wrapped = torch.zeros(shape, dtype=torch.float32, device=image.device)
-    if min(shape) < kernel.shape[-1]:
+def convolved(images: Tensor, kernels: Tensor) -> Tensor:
+    """Convolution of images (…, y, x) with kernels (…, 2 r + 1, 2 r + 1), as if there were zeros around them."""
+    reach, size = kernels.shape[-1] // 2, images.shape[-2:]
+    shape = [next_fast_len(int(many) + reach, real=True) for many in size]
+    wrapped = torch.zeros(*kernels.shape[:-2], *shape, dtype=torch.float32, device=images.device)
+    if min(shape) < kernels.shape[-1]:
         keep = (min(shape) - 1) // 2
-        kernel = kernel[reach - keep : reach + keep + 1, reach - keep : reach + keep + 1]
+        kernels = kernels[..., reach - keep : reach + keep + 1, reach - keep : reach + keep + 1]
         reach = keep
-    wrapped[: 2 * reach + 1, : 2 * reach + 1] = kernel
-    wrapped = wrapped.roll((-reach, -reach), (0, 1))
-    product = torch.fft.rfft2(image, s=shape) * torch.fft.rfft2(wrapped)
+    wrapped[..., : 2 * reach + 1, : 2 * reach + 1] = kernels
+    wrapped = wrapped.roll((-reach, -reach), (-2, -1))
+    product = torch.fft.rfft2(images, s=shape) * torch.fft.rfft2(wrapped)
     convolved: Tensor = torch.fft.irfft2(product, s=shape)
-    return convolved[: image.shape[0], : image.shape[1]]
+    return convolved[..., : size[0], : size[1]]

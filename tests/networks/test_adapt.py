@@ -6,12 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.networks.adapt import _averaged, adapt, untrained, with_context
+from pipeline.networks.adapt import Judge, _averaged, adapt, bound, untrained, with_context
 from pipeline.networks.adapt_sample import Sample, Seen, plan_sample, training_sample, turned, turned_back
 from pipeline.networks.phantoms import phantom
-from pipeline.networks.wiener import NeighbourWiener, wiener_kernel
+from pipeline.networks.weights import load_weights
+from pipeline.networks.wiener import NeighbourWiener, leftover_filter, wiener_kernel
 from pipeline.steps.denoise import denoise
-from pipeline.steps.neighbours import FrameLinks, Level, frame_context, measure_level, neighbour_stack
+from pipeline.steps.neighbours import (
+    FrameLinks,
+    Level,
+    convolved,
+    frame_context,
+    measure_level,
+    neighbour_stack,
+)
 
 CONFIG = {"frames": 5, "channels": 16, "dilations": [2]}
 DOSE = 0.5
@@ -84,22 +92,28 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_start_alone(adapted, m
     assert not torch.equal(first.state_dict()["last.weight"], other.state_dict()["last.weight"])
 
 
+def judged_by(monkeypatch, risks):
+    """Have all networks judged by these risks, and none completed."""
+    monkeypatch.setattr(Judge, "risks", risks)
+    monkeypatch.setattr(Judge, "completed", lambda judge, network: (network, judge.risks(network)))
+
+
 def test_the_weights_of_least_risk_are_kept_and_training_ends_when_it_rises(movie, monkeypatch):
     """Looks at steps 10, 20, …: best at 20, no better at 30 and 40, and 50 is never reached; no more do estimates."""
     _, counts, links = movie
     sample = Sample(torch.from_numpy(counts), links, measure_level(counts, readout_variance=0))
     looks = []
 
-    def risks(network, *, sample, held, told, dtype):
+    def risks(_, network):
         if isinstance(network, NeighbourWiener):
             return np.full(4, 9.0)
         looks.append(network.state_dict()["last.weight"].clone())
         return np.full(4, {0: 5.0, 1: 3.0, 2: 1.0}.get(len(looks) - 1, 2.0)) + np.arange(4) / 100
 
-    monkeypatch.setattr("pipeline.networks.adapt._risks", risks)
+    judged_by(monkeypatch, risks)
     monkeypatch.setattr("pipeline.networks.adapt.APART", 5)
     network, record = adapt(untrained("blindspot", CONFIG, seed=0), sample, steps=90, **SETTINGS)
-    assert (record["best_step"], record["kept"], len(looks)) == (20, "adapted", 6)
+    assert (record["best_step"], record["kept"], len(looks)) == (20, "adapted", 7)
     assert torch.equal(network.state_dict()["last.weight"], looks[2])
     assert not torch.equal(looks[2], looks[3])
 
@@ -109,9 +123,9 @@ def test_a_short_training_is_looked_at_less_often(movie, monkeypatch):
     sample = Sample(torch.from_numpy(counts), links, measure_level(counts, readout_variance=0))
     monkeypatch.setattr("pipeline.networks.adapt.APART", 10)
     looks = []
-    monkeypatch.setattr("pipeline.networks.adapt._risks", lambda *_, **__: (looks.append(1), np.arange(3.0, 5))[1])
+    judged_by(monkeypatch, lambda *_: (looks.append(1), np.arange(3.0, 5))[1])
     adapt(untrained("blindspot", CONFIG, seed=0), sample, steps=30, **SETTINGS)
-    assert len(looks) == 1 + 2 + 1 + 1  # before, in 20 steps, after the last 10, and of the filter
+    assert len(looks) == 1 + 2 + 1 + 1 + 1  # before, in 20 steps, after the last 10, of what is kept and the filter
 
 
 @pytest.mark.parametrize(("scatter", "kept"), [(0.0, 20), (1.0, 30)])
@@ -119,14 +133,14 @@ def test_the_last_part_is_kept_unless_it_did_harm_beyond_chance(movie, monkeypat
     """Its gain is less than what a dark movie tells of its risk: a risk that is higher by chance proves nothing."""
     _, counts, links = movie
     sample = Sample(torch.from_numpy(counts), links, measure_level(counts, readout_variance=0))
-    means = iter([5.0, 1.0, 1.1, 9.0])  # before, after the first part, after the last, of the filter
-    noise = iter(scatter * np.random.default_rng(1).normal(size=(4, 8)))
+    means = iter([5.0, 1.0, 1.1, 1.1, 9.0])  # before, after the first part, after the last, when done, of the filter
+    noise = iter(scatter * np.random.default_rng(1).normal(size=(5, 8)))
 
-    def risks(*_, **__):
+    def risks(*_):
         own = next(noise)
         return next(means) + own - own.mean()
 
-    monkeypatch.setattr("pipeline.networks.adapt._risks", risks)
+    judged_by(monkeypatch, risks)
     _, record = adapt(untrained("blindspot", CONFIG, seed=0), sample, steps=30, **SETTINGS)
     assert record["best_step"] == kept
 
@@ -149,7 +163,7 @@ def test_averaged_estimates_turn_with_the_frames(adapted):
         assert torch.equal(turned_back(turned(frames, turn), turn), frames)
     still = Sample(frames, links_of(10), sample.level)
     averaged = partial(_averaged, network, dtype="float32")
-    blank = Seen(torch.zeros(1, *frames.shape), None)
+    blank = Seen(torch.zeros(1, len(frames), 1, *frames.shape[1:]), None)
     here = averaged(still, blank)
     for turn in (1, 4, 6):
         there = averaged(
@@ -177,7 +191,7 @@ def test_the_filter_of_the_neighbours_is_that_of_wiener():
     assert network.config == {**CONFIG, "context": network.context_radius}
     assert network.context_radius > 0
     contexts = [frame_context(network, sample.frames, i, links=sample.links, level=level) for i in range(2, 10)]
-    inner = np.stack([c.numpy() for c in contexts])[:, 16:-16, 16:-16] / DOSE + 1
+    inner = np.concatenate(contexts)[:, 16:-16, 16:-16] / DOSE + 1
     truth = clean[2:10, 16:-16, 16:-16]
     assert np.mean((inner - truth) ** 2) < 0.15 * truth.var()
     noise = torch.from_numpy(np.random.default_rng(1).poisson(0.5, (12, 96, 96)).astype(np.float32))
@@ -216,6 +230,43 @@ def test_the_wiener_filter_is_blind_and_keeps_a_lattice(movie, adapted):
     changed[4] = 0
     again = denoise(plain, changed, [4], links=links, level=level, tile=None, dtype="float32")
     assert np.array_equal(again[0], found[4])
+
+
+def test_what_a_network_left_over_is_found_and_noise_is_not():
+    """A known filter of the context, out of noise as strong as that; where there is none, nothing is made up."""
+    rng = np.random.default_rng(2)
+    contexts = torch.from_numpy(rng.normal(size=(12, 64, 80)).astype(np.float32))
+    known = torch.zeros(33, 33)
+    known[16, 16] = -0.5
+    known[[14, 18], 16], known[16, [13, 19]] = 0.3, 0.2
+    noise = torch.from_numpy(rng.normal(size=(12, 64, 80)).astype(np.float32))
+    residuals = convolved(contexts, known) + noise
+    residuals[:, 10:20, 30:50] = torch.nan
+    found = leftover_filter(residuals, contexts)
+    reach = found.shape[0] // 2
+    near = found[reach - 2 : reach + 3, reach - 3 : reach + 4]
+    assert (near - known[14:19, 13:20]).abs().max() < 0.08
+    left = (convolved(contexts, found) - convolved(contexts, known)).var() / convolved(contexts, known).var()
+    assert left < 0.25
+    nothing = convolved(contexts, leftover_filter(noise, contexts))
+    assert nothing.var() < 0.01 * convolved(contexts, known).var()
+    assert not leftover_filter(noise, 0 * contexts).any()
+
+
+def test_what_the_shipped_network_left_over_of_a_movie_is_added(movie):
+    """Of a lattice whose contrast it is told wrongly, say by half, more than that it adds; held to the truth."""
+    clean, counts, links = movie
+    level = measure_level(counts, readout_variance=0)
+    shipped = load_weights("denoise-small").module
+    with torch.no_grad():
+        for part in (shipped.last.weight, shipped.last.bias, shipped.skip):
+            part.mul_(0.5)
+    sample = Sample(torch.from_numpy(counts), links, level)
+    raw, whole = with_context(shipped, sample).eval(), bound(shipped, counts, links=links, level=level)
+    assert whole.config["leftover"] and "leftover" not in raw.config
+    assert psnr(inferred(whole, counts, links), clean) > psnr(inferred(raw, counts, links), clean) + 0.5
+    again = bound(whole, counts, links=links, level=level)
+    assert torch.equal(again.leftover_kernel, whole.leftover_kernel)
 
 
 def test_training_that_does_harm_is_thrown_away(adapted):

@@ -124,11 +124,14 @@ def test_the_stated_error_is_as_blind_as_the_estimate_which_it_leaves_alone():
     assert silent.with_errors(frames, valid, LEVEL)[:, 1].isnan().all()
 
 
-def test_filtered_neighbours_leave_the_network_blind():
+@pytest.mark.parametrize("leftover", [False, True])
+def test_filtered_neighbours_leave_the_network_blind(leftover):
     """The estimate of a frame through `frame_context` and the network: no way back to the pixel itself."""
-    network = make(**{**TIERS["large"], "context": 5})
+    network = make(**{**TIERS["large"], "context": 5, "leftover": leftover})
     with torch.no_grad():
         network.kernel.normal_()
+        if leftover:
+            network.leftover_kernel.normal_()
     links = FrameLinks(np.arange(18).reshape(9, 2) // 4, np.arange(9) != 2, np.zeros(9, dtype=int))
     level = Level(0.7, 0.9)
     frames = torch.rand(9, 15, 18, requires_grad=True)

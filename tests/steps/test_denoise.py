@@ -129,12 +129,13 @@ def test_the_context_is_the_filtered_mean_of_the_neighbours_alone():
     expected = 2 * mean
     expected[:-1] += mean[1:]
     context = frame_context(network, frames, 3, links=links, level=level)
-    torch.testing.assert_close(context, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(context, expected[None], rtol=1e-5, atol=1e-5)
     wider = untrained("blindspot", {**NETWORKS["blindspot"], "context": 1, "around": 7}, seed=0)
     wider.kernel.copy_(torch.zeros(3, 3))
     wider.kernel[1, 1] = 1
     mean = frames[[0, 2, 4, 5]].mean(0) - 0.5
-    torch.testing.assert_close(frame_context(wider, frames, 3, links=links, level=level), mean, rtol=1e-5, atol=1e-5)
+    found = frame_context(wider, frames, 3, links=links, level=level)
+    torch.testing.assert_close(found, mean[None], rtol=1e-5, atol=1e-5)
     assert frame_context(untrained("wcvd", NETWORKS["wcvd"], seed=0), frames, 3, links=links, level=level) is None
 
 
@@ -144,12 +145,15 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(params=["blindspot", "context", "wcvd"])
+@pytest.fixture(params=["blindspot", "context", "leftover", "wcvd"])
 def network(request):
-    if request.param != "context":
+    if request.param in NETWORKS:
         return untrained(request.param, NETWORKS[request.param], seed=3)
-    network = untrained("blindspot", {**NETWORKS["blindspot"], "context": 20, "around": 9}, seed=3)
+    added = {"context": 20, "around": 9, "leftover": request.param == "leftover"}
+    network = untrained("blindspot", {**NETWORKS["blindspot"], **added}, seed=3)
     with torch.no_grad():
+        if network.leftover_kernel is not None:
+            network.leftover_kernel.copy_(torch.rand(41, 41) / 100)
         network.kernel.copy_(torch.rand(41, 41) / 100)
         network.early.weight.normal_()
         network.skip.fill_(0.5)
