@@ -38,10 +38,11 @@ from pipeline.steps import denoise, neighbours, segment
 from schemas.errors import ColonnadeError, ResourceError, SettingsError, SourceError
 from schemas.settings import Job, Settings
 
-# Frames that an adaptation estimates to judge itself: in the looks of the first part, after the last, before it and by
-# the filter.
-LOOKS = (CHECKS + 3) * CHECK_FRAMES
+# Frames that an adaptation estimates to judge itself: in the looks of the first part, after the last, before it, of
+# what is kept and by the filter.
+LOOKS = (CHECKS + 4) * CHECK_FRAMES
 TRIAL_EDGE = 256
+TRIAL_MOTION = (0.2, 0.2)  # as if parts of the frame had been seen to move: how far makes no difference
 
 
 def problems_of(job: Job) -> tuple[list[str], list[str]]:
@@ -267,22 +268,26 @@ def trial(settings: Settings) -> dict[str, float]:
     links = neighbours.FrameLinks(np.zeros((count, 2), np.int64), np.ones(count, bool), np.zeros(count, np.int64))
     columns = load_weights(settings.segment.model)
     torch.set_num_threads(1)
-    seconds, alone = [], []
+    times: list[list[float]] = []
     for _ in range(2):
-        begin = time.perf_counter()
-        smooth = denoise.denoise(
-            network, frames, [count // 2], links=links, level=neighbours.Level(5.0, 5.0), tile=None,
-            dtype=settings.denoise.dtype,
-        )  # fmt: skip
-        alone.append(time.perf_counter() - begin)
+        clock = [time.perf_counter()]
+        for motion in ((), TRIAL_MOTION if settings.denoise.motion else ()):
+            network.motion = motion
+            smooth = denoise.denoise(
+                network, frames, [count // 2], links=links, level=neighbours.Level(5.0, 5.0), tile=None,
+                dtype=settings.denoise.dtype,
+            )  # fmt: skip
+            clock.append(time.perf_counter())
         segment.column_probability(
             columns.module, smooth, sampling=0.2, model_sampling=0.2, polarity=1, window=None,
             halo=settings.segment.halo, batch=1,
         )  # fmt: skip
-        seconds.append(time.perf_counter() - begin)
-    process = min(seconds) * 1.3 / edge**2  # columns, reading and writing come on top
-    training = min(seconds) * 3 * settings.denoise.batch * (settings.denoise.crop / edge) ** 2
-    return {"process": process, "survey": process * 0.8, "training": training, "denoise": min(alone) / edge**2}
+        times.append(np.diff([*clock, time.perf_counter()]).tolist())
+    still, alone, segmented = (min(column) for column in zip(*times, strict=True))
+    process = (alone + segmented) * 1.3 / edge**2  # columns, reading and writing come on top
+    # Crops are cut from frames whose parts were followed once.
+    training = still * 3 * settings.denoise.batch * (settings.denoise.crop / edge) ** 2
+    return {"process": process, "survey": process * 0.8, "training": training, "denoise": still / edge**2}
 
 
 # ------------------------------------------------------------------------------------------------------------ ingest
