@@ -28,8 +28,9 @@ CHECK_FRAMES = 32
 CHECKS, PATIENCE, APART = 6, 2, 100
 MEMORY = 150
 SURE = 2.0
-# The last part of the steps, in which a network is trained on its own estimates.
-LAST_SHARE = 1 / 3
+# The last part of the steps, in which a network is trained on its own estimates, and the fewest steps in which that is
+# worth it: making these takes as long as a hundred steps.
+LAST_SHARE, LAST_FROM = 1 / 3, 900
 SYMMETRIES = 8  # of the square, over which these are averaged
 # Frames on which it is learnt how far parts of them move.
 MOTION_FRAMES = 8
@@ -70,12 +71,13 @@ def adapt(
     there the risk of both networks and of a `NeighbourWiener` is compared (E(y - mu)² - variance estimates the error of
     a blind estimate; the same pixels for all, so that their noise cancels). Of the training, the running mean of the
     weights is looked at up to CHECKS times and the best kept; it ends when PATIENCE looks in a row were no better: few
-    or dark frames are soon learnt by heart. The last third of the steps of a BlindSpot trains the best network on its
-    own estimates, averaged over the eight symmetries of the square: nearer to the truth than one of them alone, and
-    with little noise; that is kept unless it did harm beyond chance. Training that did not help is thrown away, and so
-    is a network that does not beat the filter, by more than chance where the filter found nothing: a movie of mere
-    noise, say, is left to the filter, which makes a constant of it. `crop` [px], `batch` crops per step; Adam with a
-    learning rate that falls as a cosine. The same arguments give the same bits on one machine (one thread).
+    or dark frames are soon learnt by heart. The last third of the steps of a BlindSpot, if they are many, trains the
+    best network on its own estimates, averaged over the eight symmetries of the square: nearer to the truth than one of
+    them alone, and with little noise; that is kept unless it did harm beyond chance. Training that did not help is
+    thrown away, and so is a network that does not beat the filter, by more than chance where the filter found nothing:
+    a movie of mere noise, say, is left to the filter, which makes a constant of it. `crop` [px], `batch` crops per
+    step; Adam with a learning rate that falls as a cosine. The same arguments give the same bits on one machine (one
+    thread).
     """
     begin = time.perf_counter()
     network = with_context(network, sample)
@@ -206,7 +208,7 @@ def _in_two_parts(
     dtype: DType,
 ) -> _Best:
     """Train on the noisy frames, then, if it is a BlindSpot, on the averaged estimates of what that gave."""
-    last = round(LAST_SHARE * steps) if isinstance(network, BlindSpot) else 0
+    last = round(LAST_SHARE * steps) if isinstance(network, BlindSpot) and steps >= LAST_FROM else 0
     batches = draws(seed=seed)
     best = train(network, batches, steps=steps - last)
     if not last:

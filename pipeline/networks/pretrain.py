@@ -50,12 +50,14 @@ WRONG = 0.8
 FLOOR = 1e-4
 # Steps over which weights are averaged.
 MEMORY = 500
+# The learning rate of a second round, over that of the first.
+AGAIN_RATE = 2 / 3
 # Steps in which a network learns how far off it is, and their learning rate.
 ERROR_STEPS, ERROR_RATE = 1500, 0.03
 
 
 class PretrainSettings(NamedTuple):
-    """How much to train, and on what."""
+    """How much to train, and on what; `again`: steps of a second round, from what the first one gave."""
 
     steps: int
     simulated: int
@@ -64,6 +66,7 @@ class PretrainSettings(NamedTuple):
     batch: int
     learning_rate: float
     seed: int
+    again: int = 0
 
 
 class Drawn(NamedTuple):
@@ -234,33 +237,50 @@ def pretrain(
 
     The result is a running average of the weights over about MEMORY steps, and `snapshot` is given it now and then.
     """
-    network = untrained("blindspot", config, seed=settings.seed)
-    average = copy.deepcopy(network).eval()
+    average = untrained("blindspot", config, seed=settings.seed)
     bank = movie_bank(settings, report=report)
-    rng = np.random.default_rng([settings.seed, 3])
-    optimiser = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99))
-    begin, recent = time.perf_counter(), 0.0
     with one_thread():
-        for step, rate in enumerate(_rates(settings.steps)):
-            optimiser.param_groups[0]["lr"] = settings.learning_rate * rate
-            optimiser.zero_grad(set_to_none=True)
-            for _ in range(2):
-                part = draw(bank, rng, frames=int(config["frames"]), crop=settings.crop, batch=settings.batch // 2)
-                with reduced_precision("cpu", "auto"):
-                    estimate = network(part.stack, part.valid, part.level, part.context)
-                error = ((estimate - part.target) / part.level[0]).square().mean((1, 2))
-                loss = (error + FLOOR).log().mean() / 2
-                loss.backward()
-                recent = 0.998 * recent + 0.004 * loss.item()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimiser.step()
-            blend(average, network, 1 / min(step + 1, MEMORY))
-            if step % 500 == 499:
-                seconds = time.perf_counter() - begin
-                report(f"step {step + 1} of {settings.steps}: mean log error {recent:.3f}, {seconds:.0f} s")
-                if snapshot is not None:
-                    snapshot(average)
+        for cycle in range(2):
+            average = _round(average.eval(), bank, settings, cycle=cycle, report=report, snapshot=snapshot)
     learn_errors(average, bank, settings, report=report)
+    return average
+
+
+def _round(
+    start: nn.Module,
+    bank: Sequence[Known],
+    settings: PretrainSettings,
+    *,
+    cycle: int,
+    report: Callable[[str], None],
+    snapshot: Callable[[nn.Module], None] | None,
+) -> nn.Module:
+    """The running average of the weights at the end of the first or second round of steps."""
+    network: Any = copy.deepcopy(start).train()
+    average, frames = copy.deepcopy(start), len(network.offsets)
+    steps, most = (settings.steps, 1.0) if cycle == 0 else (settings.again, AGAIN_RATE)
+    rng = np.random.default_rng([settings.seed, 3, cycle])
+    optimiser = torch.optim.Adam(network.parameters(), betas=(0.9, 0.99))
+    begin, recent = time.perf_counter(), 0.0
+    for step, rate in enumerate(_rates(steps)):
+        optimiser.param_groups[0]["lr"] = settings.learning_rate * most * rate
+        optimiser.zero_grad(set_to_none=True)
+        for _ in range(2):
+            part = draw(bank, rng, frames=frames, crop=settings.crop, batch=settings.batch // 2)
+            with reduced_precision("cpu", "auto"):
+                estimate = network(part.stack, part.valid, part.level, part.context)
+            error = ((estimate - part.target) / part.level[0]).square().mean((1, 2))
+            loss = (error + FLOOR).log().mean() / 2
+            loss.backward()
+            recent = 0.998 * recent + 0.004 * loss.item()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimiser.step()
+        blend(average, network, 1 / min(step + 1, MEMORY))
+        if step % 500 == 499:
+            seconds = time.perf_counter() - begin
+            report(f"round {cycle + 1}, step {step + 1} of {steps}: mean log error {recent:.3f}, {seconds:.0f} s")
+            if snapshot is not None:
+                snapshot(average)
     return average
 
 

@@ -17,7 +17,7 @@ Report = Callable[[str], None]
 _SMALL = pretrain.PretrainSettings(
     steps=10_000, simulated=200, phantoms=800, crop=96, batch=8, learning_rate=3e-3, seed=1
 )
-DENOISE = {"small": _SMALL, "medium": _SMALL, "large": _SMALL._replace(steps=16_000)}
+DENOISE = {"small": _SMALL, "medium": _SMALL, "large": _SMALL._replace(steps=16_000, again=14_000)}
 """What each tier of the denoiser is trained with: a large network gains by more of it."""
 COLUMNS = train_columns.ColumnTraining()
 

@@ -112,6 +112,7 @@ def test_the_weights_of_least_risk_are_kept_and_training_ends_when_it_rises(movi
 
     judged_by(monkeypatch, risks)
     monkeypatch.setattr("pipeline.networks.adapt.APART", 5)
+    monkeypatch.setattr("pipeline.networks.adapt.LAST_FROM", 90)
     network, record = adapt(untrained("blindspot", CONFIG, seed=0), sample, steps=90, **SETTINGS)
     assert (record["best_step"], record["kept"], len(looks)) == (20, "adapted", 7)
     assert torch.equal(network.state_dict()["last.weight"], looks[2])
@@ -122,6 +123,7 @@ def test_a_short_training_is_looked_at_less_often(movie, monkeypatch):
     _, counts, links = movie
     sample = Sample(torch.from_numpy(counts), links, measure_level(counts, readout_variance=0))
     monkeypatch.setattr("pipeline.networks.adapt.APART", 10)
+    monkeypatch.setattr("pipeline.networks.adapt.LAST_FROM", 30)
     looks = []
     judged_by(monkeypatch, lambda *_: (looks.append(1), np.arange(3.0, 5))[1])
     adapt(untrained("blindspot", CONFIG, seed=0), sample, steps=30, **SETTINGS)
@@ -141,6 +143,7 @@ def test_the_last_part_is_kept_unless_it_did_harm_beyond_chance(movie, monkeypat
         return next(means) + own - own.mean()
 
     judged_by(monkeypatch, risks)
+    monkeypatch.setattr("pipeline.networks.adapt.LAST_FROM", 30)
     _, record = adapt(untrained("blindspot", CONFIG, seed=0), sample, steps=30, **SETTINGS)
     assert record["best_step"] == kept
 
