@@ -130,6 +130,20 @@ def test_pretraining_is_reproducible_and_learns():
     assert errors[1] < 0.8 * errors[0]
 
 
+def test_a_second_round_begins_where_the_first_ended():
+    lines: list[str] = []
+    first, both, neither = (
+        pretrain(SMALL, settings(steps=steps, again=again, phantoms=2), report=lines.append)
+        for steps, again in ((60, 0), (60, 20), (0, 20))
+    )
+
+    def apart(one, other):
+        pairs = zip(one.parameters(), other.parameters(), strict=True)
+        return sum(float((a - b).detach().square().sum()) for a, b in pairs)
+
+    assert 0 < apart(first, both) < 0.5 * apart(neither, both)
+
+
 @pytest.mark.slow
 def test_the_card_states_quality_by_dose_and_what_becomes_of_pure_noise():
     figures = card_figures(pretrain(SMALL, settings(steps=150), report=lambda _: None), seed=3)
