@@ -21,7 +21,7 @@ from rich.table import Table
 
 from pipeline.blocks import sample_indices
 from pipeline.collect import TABLES
-from pipeline.networks.adapt import CHECK_FRAMES
+from pipeline.networks.risk import CHECK_FRAMES
 from pipeline.pilot import BLOCK_STEPS, STEPS, TRAINING_STEPS, Measured
 from pipeline.preflight import MoviePlan
 from pipeline.results.status import duration

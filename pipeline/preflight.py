@@ -32,7 +32,8 @@ from pipeline.job import PlannedMovie, Progress, movies_of, overrides_of
 from pipeline.layout import stack_layout
 from pipeline.ledger import Lease, Ledger
 from pipeline.models import TRAINED_HERE
-from pipeline.networks.adapt import CHECK_FRAMES, CHECKS, SYMMETRIES
+from pipeline.networks.adapt import CHECKS, SYMMETRIES
+from pipeline.networks.risk import CHECK_FRAMES
 from pipeline.networks.weights import denoiser_of, load_weights
 from pipeline.steps import denoise, neighbours, segment
 from schemas.errors import ColonnadeError, ResourceError, SettingsError, SourceError

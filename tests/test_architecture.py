@@ -27,6 +27,7 @@ CLUSTER_IS_IMPORTED_BY = {
 }
 DASK_IS_CONFIGURED_BY = {"pipeline/simulate/imaging.py": "abTEM computes through Dask; it is told to do so right here"}
 MANY_PARAMETERS = {
+    "pipeline/networks/blindspot.py:__init__": "what a file of weights says of its network, each by its name",
     "pipeline/steps/column_fit.py:refine": "frame, denoised frame, two coordinates, five settings that have no default",
     "pipeline/steps/drift.py:pair_shifts": "frames, pairs, flags, weight, four settings that have no default, device",
     "pipeline/steps/segment.py:column_probability": "network, frames, two samplings, sign, window, halo, batch, device",

@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -15,14 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.networks.adapt_sample import Batches, Sample, Seen, held_out, seen, turned, turned_back
-from pipeline.networks.blindspot import CONTEXT_RADIUS, BlindSpot, scale_of
+from pipeline.networks.blindspot import CONTEXT_RADIUS, BlindSpot, rebuilt, scale_of
+from pipeline.networks.risk import Judge, beats, mean_risk
 from pipeline.networks.weights import build
-from pipeline.networks.wiener import NeighbourWiener, leftover_filter, wiener_kernel
+from pipeline.networks.wiener import NeighbourWiener, wiener_kernel
 from pipeline.steps.denoise import DType, one_thread, reduced_precision
 from pipeline.steps.motion import learnt_spread
-from pipeline.steps.neighbours import DenoisingNetwork, FrameLinks, Level, compared, convolved
+from pipeline.steps.neighbours import DenoisingNetwork, FrameLinks, Level, compared
 
-CHECK_FRAMES = 32
 # Looks at the running mean over about MEMORY steps in a training, and how many in a row may be no better. A look costs
 # as much as some twenty steps, so they lie at least so many apart.
 CHECKS, PATIENCE, APART = 6, 2, 100
@@ -75,9 +74,8 @@ def adapt(
     best network on its own estimates, averaged over the eight symmetries of the square: nearer to the truth than one of
     them alone, and with little noise; that is kept unless it did harm beyond chance. Training that did not help is
     thrown away, and so is a network that does not beat the filter, by more than chance where the filter found nothing:
-    a movie of mere noise, say, is left to the filter, which makes a constant of it. `crop` [px], `batch` crops per
-    step; Adam with a learning rate that falls as a cosine. The same arguments give the same bits on one machine (one
-    thread).
+    of mere noise it makes a constant. `crop` [px], `batch` crops per step; Adam with a learning rate that falls as a
+    cosine. The same arguments give the same bits on one machine (one thread).
     """
     begin = time.perf_counter()
     network = with_context(network, sample)
@@ -85,7 +83,7 @@ def adapt(
     held = held_out(sample, seed=seed)
     with one_thread():
         told = seen(network, sample)
-        # Where nothing is trained, all pixels are as good as those held out, and tell more.
+        # Where nothing is trained, all pixels tell.
         judge = Judge(sample, held if steps else torch.ones_like(held), told, dtype)
         completed, before = judge.completed(network)
         trained = None
@@ -101,9 +99,9 @@ def adapt(
     kept = _which(before, np.full_like(before, np.nan) if trained is None else after, filtered, sure=sure)
     chosen = {"adapted": made, "initial": completed, "wiener": plain}[kept]
     record = {
-        "initial_risk": _mean(before),
-        "final_risk": _mean(after),
-        "wiener_risk": _mean(filtered),
+        "initial_risk": mean_risk(before),
+        "final_risk": mean_risk(after),
+        "wiener_risk": mean_risk(filtered),
         "kept": kept,
         "steps": steps,
         "best_step": trained.step if trained else 0,
@@ -121,10 +119,10 @@ def _which(
 ) -> str:
     """What to keep, by the risks of the three, frame by frame; not finite: there is none. A network is kept if it is
     better than the filter by `sure` standard errors."""
-    gained = _mean(adapted) < _mean(initial) or not np.isfinite(_mean(initial))
-    kept, risks = ("adapted", adapted) if np.isfinite(_mean(adapted)) and gained else ("initial", initial)
+    gained = mean_risk(adapted) < mean_risk(initial) or not np.isfinite(mean_risk(initial))
+    kept, risks = ("adapted", adapted) if np.isfinite(mean_risk(adapted)) and gained else ("initial", initial)
     known = len(wiener) > 0 and bool(np.isfinite(wiener).all())
-    return "wiener" if known and not (np.isfinite(risks).all() and _beats(risks, wiener, sure=sure)) else kept
+    return "wiener" if known and not (np.isfinite(risks).all() and beats(risks, wiener, sure=sure)) else kept
 
 
 def _wiener(network: nn.Module) -> NeighbourWiener | None:
@@ -152,15 +150,7 @@ def with_context(network: nn.Module, sample: Sample) -> nn.Module:
     reach, frames = network.context_radius or CONTEXT_RADIUS, len(network.offsets)
     plain = NeighbourWiener(frames=frames, context=reach, around=len(network.around))
     fit_filter(plain, sample)
-    return _rebuilt(network, {"context": reach, "motion": plain.motion, "leftover": False}, {"kernel": plain.kernel})
-
-
-def _rebuilt(network: BlindSpot, config: dict[str, Any], tensors: dict[str, Tensor]) -> BlindSpot:
-    """A copy with another configuration, some of its tensors given; what only one of both has is new or lost."""
-    made = cast(BlindSpot, build("blindspot", {**network.config, **config}))
-    known = {**network.state_dict(), **tensors}
-    made.load_state_dict({name: known.get(name, value) for name, value in made.state_dict().items()})
-    return made.to(next(network.parameters()).device)
+    return rebuilt(network, {"context": reach, "motion": plain.motion, "leftover": False}, {"kernel": plain.kernel})
 
 
 def fit_filter(network: DenoisingNetwork, sample: Sample) -> None:
@@ -218,7 +208,7 @@ def _in_two_parts(
     calm = _averaged(best.network, batches.sample, whole, dtype=dtype)
     # It has hardly anything to learn by heart, and at low dose its gain is less than what is known of its risk.
     second = train(best.network, draws(seed=seed + 1, targets=calm, seen=whole, dropout=0.0), steps=last, most_checks=1)
-    harmed = _beats(best.risks, second.risks, sure=SURE) or not np.isfinite(_mean(second.risks))
+    harmed = beats(best.risks, second.risks, sure=SURE) or not np.isfinite(mean_risk(second.risks))
     return best if harmed else second._replace(step=steps - last + second.step)
 
 
@@ -283,7 +273,7 @@ def _train(
             # The quickest run of steps between two looks: the first one also warms up.
             pace, done = min(pace, (_now(device) - begin) / (step - done)), step
             found = risk(average)
-            if best is None or _mean(found) < _mean(best.risks):
+            if best is None or mean_risk(found) < mean_risk(best.risks):
                 best, since = _Best(copy.deepcopy(average), found, step), 0
             elif (since := since + 1) == PATIENCE:
                 break
@@ -304,83 +294,3 @@ def blend(average: nn.Module, network: nn.Module, share: float) -> None:
     """Move the weights of `average` towards those of `network` by `share` of the way."""
     for kept, new in zip(average.parameters(), network.parameters(), strict=True):
         kept.lerp_(new, share)
-
-
-class Judge(NamedTuple):
-    """Estimates of a sample that are independent of the noise of what they are compared with."""
-
-    sample: Sample
-    held: Tensor
-    told: Seen
-    dtype: DType
-
-    @property
-    def chosen(self) -> NDArray[np.int64]:
-        """Frames that are looked at."""
-        usable = np.flatnonzero(self.sample.links.good)
-        return (
-            usable[np.unique(np.linspace(0, len(usable) - 1, CHECK_FRAMES).round().astype(int))]
-            if len(usable)
-            else usable
-        )
-
-    def risks(self, network: nn.Module) -> NDArray[np.float64]:
-        """Estimated mean squared error over the squared mean, frame by frame, from pixels that were never a target."""
-        return self._risks(self._estimates(network))
-
-    def completed(self, network: nn.Module) -> tuple[nn.Module, NDArray[np.float64]]:
-        """A BlindSpot with what it left over of the sample, and its risks then."""
-        estimates = self._estimates(network)
-        told = isinstance(network, BlindSpot) and network.context_radius and bool(network.kernel.any())
-        if not isinstance(network, BlindSpot) or not told or not len(estimates):
-            return network, self._risks(estimates)
-        contexts = self.told.contexts[:, self.chosen, 0]
-        found = leftover_filter(self.sample.frames[self.chosen] - estimates, self._joined(contexts))
-        kernel = convolved(network.kernel, found.to(network.kernel.device))
-        grown = _rebuilt(network, {"leftover": True}, {"leftover_kernel": kernel})
-        return grown.train(network.training), self._risks(estimates + self._joined(convolved(contexts, found)))
-
-    def _estimates(self, network: nn.Module) -> Tensor:
-        """Of the frames that are looked at, (m, y, x) [electrons]."""
-        device = next(chain(network.parameters(), network.buffers())).device
-        level = torch.tensor(self.sample.level, dtype=torch.float32, device=device)
-        views = range(len(self.told.contexts))
-        made = torch.zeros(len(views), len(self.chosen), *self.sample.frames.shape[-2:])
-        with torch.inference_mode(), reduced_precision(str(device), self.dtype):
-            for row, index in enumerate(self.chosen):
-                for view in views:
-                    parts = self.told.inputs(self.sample, view, int(index), _offsets(network), None)
-                    stack, valid, context = (part[None].to(device) for part in parts)
-                    made[view, row] = network(stack, valid, level, context)[0].float().cpu()
-        return self._joined(made)
-
-    def _joined(self, views: Tensor) -> Tensor:
-        """Of images (view, m, y, x) those pixels whose view knows nothing of the frame there, (m, y, x)."""
-        out = views[0].clone()
-        for view in range(1, len(views)):
-            out[:, self.told.judged(view)] = views[view][:, self.told.judged(view)]
-        return out
-
-    def _risks(self, estimates: Tensor) -> NDArray[np.float64]:
-        frames, level = self.sample.frames, self.sample.level
-        # The noise of a count is estimated by the count itself; that of a difference of networks cancels.
-        readout = level.variance - level.mean
-        risks = []
-        for index, estimate in zip(self.chosen, estimates, strict=True):
-            use = self.held[index] & torch.isfinite(frames[index])
-            counts = frames[index][use].double()
-            excess = (counts - estimate[use]) ** 2 - counts - readout
-            if len(excess):
-                risks.append(float(excess.mean()) / level.mean**2)
-        return np.array(risks)
-
-
-def _mean(risks: NDArray[np.float64]) -> float:
-    return float(risks.mean()) if len(risks) else float("nan")
-
-
-def _beats(one: NDArray[np.float64], other: NDArray[np.float64], *, sure: float) -> bool:
-    """Whether the risks `one` are below `other`, frame by frame, by `sure` standard errors of their difference."""
-    gain = other - one
-    chance = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
-    return bool(gain.mean() > sure * chance) if len(gain) else False

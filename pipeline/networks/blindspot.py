@@ -106,22 +106,12 @@ class BlindSpot(nn.Module):
             raise ValueError(f"channels is {channels}; expected a multiple of 16")
         if any(d < 2 or d % 2 for d in dilations):
             raise ValueError(f"dilations are {tuple(dilations)}; expected even numbers, or the network is not blind")
-        self.config = {"frames": frames, "channels": channels, "dilations": list(dilations)}
-        if context:
-            self.config["context"] = context
-        if not own_frame:
-            self.config["own_frame"] = False
-        if any(motion):
-            self.config["motion"] = list(motion)
-        if errors:
-            self.config["errors"] = True
-        if leftover:
-            self.config["leftover"] = True
+        moving = list(motion) if any(motion) else []
+        more = {"context": context, "around": around, "motion": moving, "errors": errors, "leftover": leftover}
+        more = {name: value for name, value in more.items() if value} | ({} if own_frame else {"own_frame": False})
+        self.config = {"frames": frames, "channels": channels, "dilations": list(dilations), **more}
         self.motion = tuple(motion)
-        self.context_radius = context
-        if around:
-            self.config["around"] = around
-        radius = frames // 2
+        self.context_radius, radius = context, frames // 2
         self.offsets = offsets_of(frames)
         self.around = offsets_around(frames, around)
         # In full-resolution pixels: half-resolution steps, times two, and one for the phase within the 2 x 2 block.
@@ -246,6 +236,14 @@ class BlindSpot(nn.Module):
         bias = cast(Tensor, convolution.bias) * factor + gain[1]
         weight = weight * factor[:, None, None, None]
         return functional.conv2d(x, weight, bias, padding=convolution.padding, dilation=convolution.dilation)  # type: ignore[arg-type]
+
+
+def rebuilt(network: BlindSpot, config: dict[str, Any], tensors: dict[str, Tensor]) -> BlindSpot:
+    """A copy with another configuration, some of its tensors given; what only one of both has is new or lost."""
+    made = BlindSpot(**{**network.config, **config})
+    known = {**network.state_dict(), **tensors}
+    made.load_state_dict({name: known.get(name, value) for name, value in made.state_dict().items()})
+    return made.train(network.training).to(next(network.parameters()).device)
 
 
 def _unshuffle(x: Tensor) -> Tensor:

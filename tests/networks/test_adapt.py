@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.networks.adapt import Judge, _averaged, adapt, bound, untrained, with_context
+from pipeline.networks.adapt import _averaged, adapt, bound, untrained, with_context
 from pipeline.networks.adapt_sample import Sample, Seen, plan_sample, training_sample, turned, turned_back
 from pipeline.networks.phantoms import phantom
+from pipeline.networks.risk import Judge
 from pipeline.networks.weights import load_weights
 from pipeline.networks.wiener import NeighbourWiener, leftover_filter, wiener_kernel
 from pipeline.steps.denoise import denoise
@@ -79,7 +80,7 @@ def test_the_record_says_what_was_done(adapted):
 
 
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_start_alone(adapted, monkeypatch):
-    monkeypatch.setattr("pipeline.networks.adapt._beats", lambda one, other, *, sure: True)
+    monkeypatch.setattr("pipeline.networks.adapt.beats", lambda one, other, *, sure: True)
     sample, _ = adapted
     start = untrained("blindspot", CONFIG, seed=3)
     before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
