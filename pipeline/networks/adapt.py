@@ -83,8 +83,7 @@ def adapt(
     held = held_out(sample, seed=seed)
     with one_thread():
         told = seen(network, sample)
-        # Where nothing is trained, all pixels tell.
-        judge = Judge(sample, held if steps else torch.ones_like(held), told, dtype)
+        judge = Judge(sample, held if steps else torch.ones_like(held), told, dtype)  # untrained: all pixels tell
         completed, before = judge.completed(network)
         trained = None
         if steps and sample.links.good.any():
