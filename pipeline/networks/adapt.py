@@ -182,6 +182,8 @@ def bound(
     """A network for the frames (m, y, x) [electrons] of a movie, with the filters that are measured on them."""
     sample = Sample(torch.from_numpy(np.ascontiguousarray(frames)), links, level, motion)
     told = with_context(network, sample).eval()
+    if not isinstance(told, BlindSpot):
+        return cast(DenoisingNetwork, told)
     with one_thread():
         judge = Judge(sample, torch.ones_like(sample.frames, dtype=torch.bool), seen(told, sample), "auto")
         return cast(DenoisingNetwork, judge.completed(told)[0].eval())
