@@ -79,7 +79,7 @@ class BlindSpot(nn.Module):
     `pipeline.steps.motion`), empty where that is not known. With `errors` it can also say how far off it expects to be,
     from the same features, hence as blind; see `with_errors`. With `leftover` the mean of the neighbours behind a
     second filter, `leftover_kernel`, is added to the estimate: what the network leaves over of its movie (see
-    `pipeline.networks.wiener.leftover_kernel`).
+    `pipeline.networks.wiener.leftover_filter`).
     """
 
     periodic = False

@@ -45,8 +45,7 @@ class Judge(NamedTuple):
     def completed(self, network: nn.Module) -> tuple[nn.Module, NDArray[np.float64]]:
         """A BlindSpot with what it left over of the sample, and its risks then."""
         estimates = self._estimates(network)
-        told = isinstance(network, BlindSpot) and network.context_radius and bool(network.kernel.any())
-        if not isinstance(network, BlindSpot) or not told or not len(estimates):
+        if not isinstance(network, BlindSpot) or not network.context_radius or not bool(network.kernel.any()):
             return network, self._risks(estimates)
         contexts = self.told.contexts[:, self.chosen, 0]
         found = leftover_filter(self.sample.frames[self.chosen] - estimates, self._joined(contexts))
