@@ -139,7 +139,7 @@ def measure_throughput(edge: int, *, device: str, frames: int, repeats: int) -> 
     for tier in TIERS:
         network: Any = load_weights(denoiser_of(tier)).module.to(device).eval()
         around = torch.from_numpy(counts).to(device)[:, None].repeat(1, len(network.offsets), 1, 1)
-        parts = around, torch.ones_like(around, dtype=torch.bool), levels, torch.zeros_like(around[:, 0])
+        parts = around, torch.ones_like(around, dtype=torch.bool), levels, torch.zeros_like(around[:, :1])
         forms = {"in a batch": network}
         if device == "cuda":
             forms["in a batch, compiled"] = torch.compile(network, mode="reduce-overhead")

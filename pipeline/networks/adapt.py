@@ -67,14 +67,13 @@ def adapt(
     The loss is the squared difference to the noisy frame over the variance of the noise where the network itself
     estimates the frame to be so bright: its gradient is that of the likelihood of counts, it takes negative values too,
     and, the network being blind, it is minimal for the expected image. One in ten squares of 16 px is never a target;
-    there the risk of both networks and of a `NeighbourWiener` is compared (E(y - mu)² - variance estimates the error of
-    a blind estimate; the same pixels for all, so that their noise cancels). Of the training, the running mean of the
-    weights is looked at up to CHECKS times and the best kept; it ends when PATIENCE looks in a row were no better: few
-    or dark frames are soon learnt by heart. The last third of the steps of a BlindSpot, if they are many, trains the
-    best network on its own estimates, averaged over the eight symmetries of the square: nearer to the truth than one of
-    them alone, and with little noise; that is kept unless it did harm beyond chance. Training that did not help is
-    thrown away, and so is a network that does not beat the filter, by more than chance where the filter found nothing:
-    of mere noise it makes a constant. `crop` [px], `batch` crops per step; Adam with a learning rate that falls as a
+    there the risk of both networks and of a `NeighbourWiener` is compared (see `Judge`). Of the training, the running
+    mean of the weights is looked at up to CHECKS times and the best kept; it ends when PATIENCE looks in a row were no
+    better: few or dark frames are soon learnt by heart. The last third of the steps of a BlindSpot, if they are many,
+    trains the best network on its own estimates, averaged over the eight symmetries of the square: nearer to the truth
+    than one of them alone, and with little noise; that is kept unless it did harm beyond chance. Training that did not
+    help is thrown away, and so is a network that does not beat the filter, by more than chance where that found
+    nothing: of noise it makes a constant. `crop` [px], `batch` crops per step; Adam, a learning rate that falls as a
     cosine. The same arguments give the same bits on one machine (one thread).
     """
     begin = time.perf_counter()
@@ -93,9 +92,11 @@ def adapt(
         made, after = (completed, before) if trained is None else judge.completed(trained.network)
         plain = _wiener(network)
         filtered = np.full_like(before, np.nan) if plain is None else judge.risks(plain)
-    # Behind a filter that found nothing a network must not find something by chance.
-    sure = 0.0 if plain is not None and bool(plain.kernel.any()) else SURE
-    kept = _which(before, np.full_like(before, np.nan) if trained is None else after, filtered, sure=sure)
+        # Behind a filter that found nothing a network must not find something by chance.
+        sure = 0.0 if plain is not None and bool(plain.kernel.any()) else SURE
+        kept = _which(before, np.full_like(before, np.nan) if trained is None else after, filtered, sure=sure)
+        if kept == "initial" and plain is not None and trained is not None:
+            kept = _which(*_untrained_risks(network, plain, judge), sure=sure)
     chosen = {"adapted": made, "initial": completed, "wiener": plain}[kept]
     record = {
         "initial_risk": mean_risk(before),
@@ -111,6 +112,13 @@ def adapt(
         "device": str(device),
     }
     return Adapted(copy.deepcopy(cast(nn.Module, chosen)).eval(), record)
+
+
+def _untrained_risks(network: nn.Module, plain: nn.Module, judge: Judge) -> tuple[NDArray[np.float64], ...]:
+    """Risks of a network that was not trained on the sample, of none, and of the filter, as all pixels tell them."""
+    judge = judge._replace(held=torch.ones_like(judge.held))
+    before = judge.completed(network)[1]
+    return before, np.full_like(before, np.nan), judge.risks(plain)
 
 
 def _which(

@@ -23,6 +23,7 @@ CHECK_FRAMES = 32
 class Judge(NamedTuple):
     """Judges networks on a sample by estimates that are independent of the noise they are compared with.
 
+    E(y - mu)² - variance is the error of a blind estimate mu; with the same pixels for all, their noise cancels.
     held (m, y, x) bool: pixels that count, which were no network's target; `told`: see `Seen`.
     """
 
