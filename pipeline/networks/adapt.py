@@ -78,7 +78,6 @@ def adapt(
     """
     begin = time.perf_counter()
     network = with_context(network, sample)
-    device = next(network.parameters()).device
     held = held_out(sample, seed=seed)
     with one_thread():
         told = seen(network, sample)
@@ -109,7 +108,7 @@ def adapt(
         "step_seconds": trained.pace if trained else 0.0,
         "sample_frames": len(sample.frames),
         "motion": list(cast(DenoisingNetwork, network).motion),
-        "device": str(device),
+        "device": str(next(network.parameters()).device),
     }
     return Adapted(copy.deepcopy(cast(nn.Module, chosen)).eval(), record)
 
