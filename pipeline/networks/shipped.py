@@ -32,8 +32,12 @@ def train(what: str, output: Path | None, *, steps: int | None, report: Report) 
     tiers = {denoiser_of(tier): tier for tier in TIERS}
     if what not in tiers:
         raise SettingsError(f"{what!r} cannot be trained; expected columns or one of {', '.join(tiers)}")
-    settings = DENOISE[tiers[what]]
-    return train_denoise(path, settings._replace(steps=steps or settings.steps), tier=tiers[what], report=report)
+    return train_denoise(path, denoise_settings(tiers[what], steps), tier=tiers[what], report=report)
+
+
+def denoise_settings(tier: str, steps: int | None) -> pretrain.PretrainSettings:
+    """What a tier of the denoiser is trained with; with `steps` of one's own, in a single round of so many."""
+    return DENOISE[tier] if steps is None else DENOISE[tier]._replace(steps=steps, again=0)
 
 
 def train_denoise(path: Path, settings: pretrain.PretrainSettings, *, tier: str, report: Report) -> str:

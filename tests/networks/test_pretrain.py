@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.networks import shipped
 from pipeline.networks.adapt import untrained
 from pipeline.networks.phantoms import CleanMovie, phantom
 from pipeline.networks.pretrain import (
@@ -129,6 +130,12 @@ def test_pretraining_is_reproducible_and_learns():
                 )
             )
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_steps_of_ones_own_are_all_that_is_trained():
+    assert shipped.denoise_settings("large", None) == shipped.DENOISE["large"]
+    for tier, usual in shipped.DENOISE.items():
+        assert shipped.denoise_settings(tier, 7) == usual._replace(steps=7, again=0)
 
 
 def test_a_second_round_begins_where_the_first_ended():
