@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.networks.adapt_sample import Batches, Sample, Seen, held_out, seen, turned, turned_back
+from pipeline.networks.adapt_sample import SLOT_DROPOUT, Batches, Sample, Seen, held_out, seen, turned, turned_back
 from pipeline.networks.blindspot import CONTEXT_RADIUS, BlindSpot, rebuilt, scale_of
 from pipeline.networks.risk import Judge, beats, mean_risk
+from pipeline.networks.threads import side_by_side
 from pipeline.networks.weights import build
 from pipeline.networks.wiener import NeighbourWiener, wiener_kernel
 from pipeline.steps.denoise import DType, one_thread, reduced_precision
@@ -27,9 +28,9 @@ from pipeline.steps.neighbours import DenoisingNetwork, FrameLinks, Level, compa
 CHECKS, PATIENCE, APART = 6, 2, 100
 MEMORY = 150
 SURE = 2.0
-# The last part of the steps, in which a network is trained on its own estimates, and the fewest steps in which that is
-# worth it: making these takes as long as a hundred steps.
-LAST_SHARE, LAST_FROM = 1 / 3, 900
+# The last part of the steps, in which a network is trained on its own estimates. With fewer than MANY steps that is not
+# worth it, for making these takes as long as a hundred; nor do so few learn anything by heart.
+LAST_SHARE, MANY = 1 / 3, 900
 SYMMETRIES = 8  # of the square, over which these are averaged
 # Frames on which it is learnt how far parts of them move.
 MOTION_FRAMES = 8
@@ -85,9 +86,9 @@ def adapt(
         completed, before = judge.completed(network)
         trained = None
         if steps and sample.links.good.any():
-            draws = partial(Batches, sample, held, seen=told, crop=crop, batch=batch)
+            draws = partial(_shares, sample, held, device=_device(network), crop=crop, batch=batch)
             train = partial(_train, risk=judge.risks, learning_rate=learning_rate, dtype=dtype)
-            trained = _in_two_parts(network, draws, train, steps=steps, seed=seed, dtype=dtype)
+            trained = _in_two_parts(network, sample, told, draws, train, steps=steps, seed=seed, dtype=dtype)
         made, after = (completed, before) if trained is None else judge.completed(trained.network)
         plain = _wiener(network)
         filtered = np.full_like(before, np.nan) if plain is None else judge.risks(plain)
@@ -108,7 +109,7 @@ def adapt(
         "step_seconds": trained.pace if trained else 0.0,
         "sample_frames": len(sample.frames),
         "motion": list(cast(DenoisingNetwork, network).motion),
-        "device": str(next(network.parameters()).device),
+        "device": str(_device(network)),
     }
     return Adapted(copy.deepcopy(cast(nn.Module, chosen)).eval(), record)
 
@@ -179,7 +180,7 @@ def spread_of_motion(network: DenoisingNetwork, sample: Sample) -> tuple[float, 
     chosen = (
         usable[np.unique(np.linspace(0, len(usable) - 1, MOTION_FRAMES).round().astype(int))] if len(usable) else []
     )
-    found = [compared(network, sample.frames, int(i), links=sample.links, level=sample.level) for i in chosen]
+    found = side_by_side(partial(compared, network, sample.frames, links=sample.links, level=sample.level), chosen)
     return learnt_spread([moments for moments in found if moments is not None])
 
 
@@ -196,9 +197,27 @@ def bound(
         return cast(DenoisingNetwork, judge.completed(told)[0].eval())
 
 
+def _device(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
+
+
+def _shares(
+    sample: Sample, held: Tensor, told: Seen, *, device: torch.device, batch: int, seed: int, part: int, **how: Any
+) -> list[Batches]:
+    """Draws that together make the batches of one part of a training; a CPU computes them side by side."""
+    many = 1 if device.type == "cuda" else min(2, batch)
+    sizes = [(batch + share) // many for share in range(many)]
+    seeds = np.random.SeedSequence([seed, part]).generate_state(many)
+    return [
+        Batches(sample, held, told, batch=size, seed=int(one), **how) for size, one in zip(sizes, seeds, strict=True)
+    ]
+
+
 def _in_two_parts(
     network: nn.Module,
-    draws: Callable[..., Batches],
+    sample: Sample,
+    told: Seen,
+    draws: Callable[..., list[Batches]],
     train: Callable[..., _Best],
     *,
     steps: int,
@@ -206,31 +225,40 @@ def _in_two_parts(
     dtype: DType,
 ) -> _Best:
     """Train on the noisy frames, then, if it is a BlindSpot, on the averaged estimates of what that gave."""
-    last = round(LAST_SHARE * steps) if isinstance(network, BlindSpot) and steps >= LAST_FROM else 0
-    batches = draws(seed=seed)
-    best = train(network, batches, steps=steps - last)
+    many = steps >= MANY
+    last = round(LAST_SHARE * steps) if isinstance(network, BlindSpot) and many else 0
+    first = draws(told, seed=seed, part=0, dropout=SLOT_DROPOUT if many else 0.0)
+    best = train(network, first, steps=steps - last)
     if not last:
         return best
     # Estimates as targets have no noise of single pixels that could be betrayed: all that is known may be told.
-    whole = seen(network, batches.sample, whole=True)
-    calm = _averaged(best.network, batches.sample, whole, dtype=dtype)
+    whole = seen(network, sample, whole=True)
+    calm = _averaged(best.network, sample, whole, dtype=dtype)
     # It has hardly anything to learn by heart, and at low dose its gain is less than what is known of its risk.
-    second = train(best.network, draws(seed=seed + 1, targets=calm, seen=whole, dropout=0.0), steps=last, most_checks=1)
+    again = draws(whole, seed=seed, part=1, targets=calm, dropout=0.0)
+    second = train(best.network, again, steps=last, most_checks=1)
     harmed = beats(best.risks, second.risks, sure=SURE) or not np.isfinite(mean_risk(second.risks))
     return best if harmed else second._replace(step=steps - last + second.step)
 
 
 def _averaged(network: nn.Module, sample: Sample, told: Seen, *, dtype: DType) -> Tensor:
     """What a network makes of the sample, averaged over its frames turned and mirrored, (m, y, x) [electrons]."""
-    device = next(network.parameters()).device
+    device = _device(network)
     level = torch.tensor(sample.level, dtype=torch.float32, device=device)
-    out = torch.zeros_like(sample.frames)
-    with torch.inference_mode(), reduced_precision(str(device), dtype):
-        for index in np.flatnonzero(sample.links.good):
-            parts = [part.to(device) for part in told.inputs(sample, 0, int(index), _offsets(network), None)]
+
+    def averaged(index: int) -> Tensor:
+        made = torch.zeros_like(sample.frames[index])
+        with torch.inference_mode(), reduced_precision(str(device), dtype):
+            parts = [part.to(device) for part in told.inputs(sample, 0, index, _offsets(network), None)]
             for turn in range(SYMMETRIES):
-                made = network(*(turned(part, turn)[None] for part in parts[:2]), level, turned(parts[2], turn)[None])
-                out[index] += turned_back(made[0].float(), turn).cpu() / SYMMETRIES
+                stack, valid, context = (turned(part, turn)[None] for part in parts)
+                made += turned_back(network(stack, valid, level, context)[0].float(), turn).cpu() / SYMMETRIES
+        return made
+
+    out = torch.zeros_like(sample.frames)
+    usable = np.flatnonzero(sample.links.good).tolist()
+    for index, made in zip(usable, side_by_side(averaged, usable), strict=True):
+        out[index] = made
     return out
 
 
@@ -243,9 +271,29 @@ class _Best(NamedTuple):
     pace: float = 0.0
 
 
+class _Slope(NamedTuple):
+    """Gradients of a loss, summed over so many pixels; None for parameters that have no part in it."""
+
+    gradients: tuple[Tensor | None, ...]
+    pixels: Tensor
+
+
+def _slope(network: nn.Module, batches: Batches, *, dtype: DType) -> _Slope:
+    """Of the squared error over the variance of the noise, for the next draw."""
+    device = _device(network)
+    level = torch.tensor(batches.sample.level, dtype=torch.float32, device=device)
+    least, common = DIMMEST * level[1], level[1] / scale_of(level) ** 2
+    stack, valid, target, weight, context = (part.to(device) for part in batches.draw(_offsets(network)))
+    with reduced_precision(str(device), dtype):
+        estimate = network(stack, valid, level, context)
+    variance = (estimate.detach() + level[1] - level[0]).clamp_min(least)
+    loss = common * (weight * (target - estimate) ** 2 / variance).sum()
+    return _Slope(torch.autograd.grad(loss, list(network.parameters()), allow_unused=True), weight.sum())
+
+
 def _train(
     start: nn.Module,
-    batches: Batches,
+    shares: Sequence[Batches],
     risk: Callable[[nn.Module], NDArray[np.float64]],
     *,
     steps: int,
@@ -253,13 +301,12 @@ def _train(
     dtype: DType,
     most_checks: int = CHECKS,
 ) -> _Best:
-    """Minimise the squared error over the variance of the noise in `steps` batches; the running mean of least risk."""
+    """Minimise the squared error over the variance of the noise in `steps` batches, each drawn in `shares`; the running
+    mean of least risk."""
     network, average = copy.deepcopy(start).train(), copy.deepcopy(start).eval()
-    device = next(network.parameters()).device
+    device, slope = _device(network), partial(_slope, network, dtype=dtype)
     optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate, betas=(0.9, 0.99))
     warm_up = max(1, min(100, steps // 10))
-    level = torch.tensor(batches.sample.level, dtype=torch.float32, device=device)
-    least, common = DIMMEST * level[1], level[1] / scale_of(level) ** 2
     checks = max(1, min(most_checks, steps // APART))
     looks, best, since = set(np.linspace(0, steps, checks + 1).round().astype(int)[1:].tolist()), None, 0
     pace, done, begin = np.inf, 0, time.perf_counter()
@@ -267,22 +314,20 @@ def _train(
         rate = min(1.0, step / warm_up) * 0.5 * (1 + np.cos(np.pi * (step - 1) / steps))
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * rate
-        stack, valid, target, weight, context = (part.to(device) for part in batches.draw(_offsets(network)))
-        with reduced_precision(str(device), dtype):
-            estimate = network(stack, valid, level, context)
-        variance = (estimate.detach() + level[1] - level[0]).clamp_min(least)
-        loss = common * (weight * (target - estimate) ** 2 / variance).sum() / weight.sum().clamp_min(1)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        found = list(side_by_side(slope, shares))
+        pixels = torch.stack([share.pixels for share in found]).sum().clamp_min(1)
+        for parameter, *parts in zip(network.parameters(), *(share.gradients for share in found), strict=True):
+            told = [part for part in parts if part is not None]
+            parameter.grad = torch.stack(told).sum(0) / pixels if told else None
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
         blend(average, network, 1 / min(step, MEMORY))
         if step in looks:
             # The quickest run of steps between two looks: the first one also warms up.
             pace, done = min(pace, (_now(device) - begin) / (step - done)), step
-            found = risk(average)
-            if best is None or mean_risk(found) < mean_risk(best.risks):
-                best, since = _Best(copy.deepcopy(average), found, step), 0
+            risks = risk(average)
+            if best is None or mean_risk(risks) < mean_risk(best.risks):
+                best, since = _Best(copy.deepcopy(average), risks, step), 0
             elif (since := since + 1) == PATIENCE:
                 break
             begin = time.perf_counter()

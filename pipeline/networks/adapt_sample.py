@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.networks.threads import side_by_side
 from pipeline.steps.motion import BLOCK, squares, without
 from pipeline.steps.neighbours import (
     DenoisingNetwork,
@@ -155,20 +156,27 @@ def seen(network: nn.Module, sample: Sample, *, whole: bool = False) -> Seen:
     many, size = len(told.kernels) if told.context_radius else 1, sample.frames.shape[-2:]
     contexts = torch.zeros(views, len(frames), many, *size)
     shifts = None
-    for index in np.flatnonzero(links.good) if told.context_radius else []:
-        moments = compared(told, frames, int(index), links=links, level=level) if moving else None
+
+    def of_one(index: int) -> list[tuple[Tensor | None, Tensor | None]]:
+        moments, made = compared(told, frames, index, links=links, level=level) if moving else None, []
         for view in range(views):
             own = None
             if moments is not None:
                 hidden = squares(*frames.shape[-2:], odd=bool(view)).to(frames.device)
                 known = without(moments, told.around.index(0), hidden) if views == 2 else moments
                 own = relative_shifts(told, known)
-                looked = own[looked_at(told)].cpu()
-                if shifts is None:
-                    shifts = torch.zeros(views, len(frames), *looked.shape)
-                shifts[view, index] = looked
-            context = frame_context(told, frames, int(index), links=links, level=level, shifts=own)
-            contexts[view, index] = 0 if context is None else context.cpu()
+            context = frame_context(told, frames, index, links=links, level=level, shifts=own)
+            made.append((context, None if own is None else own[looked_at(told)]))
+        return made
+
+    usable = np.flatnonzero(links.good).tolist() if told.context_radius else []
+    for index, made in zip(usable, side_by_side(of_one, usable), strict=True):
+        for view, (context, looked) in enumerate(made):
+            if context is not None:
+                contexts[view, index] = context.cpu()
+            if looked is not None:
+                shifts = torch.zeros(views, len(frames), *looked.shape) if shifts is None else shifts
+                shifts[view, index] = looked.cpu()
     return Seen(contexts, shifts)
 
 
@@ -181,7 +189,7 @@ class Batches:
 
     def __init__(
         self, sample: Sample, held: Tensor, seen: Seen, *, crop: int, batch: int, seed: int,
-        targets: Tensor | None = None, dropout: float = SLOT_DROPOUT,
+        targets: Tensor | None = None, dropout: float,
     ) -> None:  # fmt: skip
         self.sample, self.held, self.seen, self.batch = sample, held, seen, batch
         self.views = [seen.judged(view) for view in range(len(seen.contexts))]

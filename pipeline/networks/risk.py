@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
 from typing import NamedTuple, cast
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.networks.adapt_sample import Sample, Seen
 from pipeline.networks.blindspot import BlindSpot, rebuilt
+from pipeline.networks.threads import side_by_side
 from pipeline.networks.wiener import leftover_filter
 from pipeline.steps.denoise import DType, reduced_precision
 from pipeline.steps.neighbours import DenoisingNetwork, convolved
@@ -52,22 +54,28 @@ class Judge(NamedTuple):
         found = leftover_filter(self.sample.frames[self.chosen] - estimates, self._joined(contexts))
         kernel = convolved(network.kernel, found.to(network.kernel.device))
         grown = rebuilt(network, {"leftover": True}, {"leftover_kernel": kernel})
-        added = torch.stack([convolved(one, found) for one in contexts.flatten(0, 1)])  # one by one, for memory
+        added = torch.stack(list(side_by_side(partial(convolved, kernels=found), contexts.flatten(0, 1))))
         return grown, self._risks(estimates + self._joined(added.view_as(contexts)))
 
     def _estimates(self, network: nn.Module) -> Tensor:
         """Of the frames that are looked at, (m, y, x) [electrons]."""
         device = next(chain(network.parameters(), network.buffers())).device
         level = torch.tensor(self.sample.level, dtype=torch.float32, device=device)
-        views, offsets = range(len(self.told.contexts)), cast(DenoisingNetwork, network).offsets
-        made = torch.zeros(len(views), len(self.chosen), *self.sample.frames.shape[-2:])
-        with torch.inference_mode(), reduced_precision(str(device), self.dtype):
-            for row, index in enumerate(self.chosen):
-                for view in views:
-                    parts = self.told.inputs(self.sample, view, int(index), offsets, None)
+        offsets = cast(DenoisingNetwork, network).offsets
+
+        def estimates(index: int) -> list[Tensor]:
+            made = []
+            with torch.inference_mode(), reduced_precision(str(device), self.dtype):
+                for view in range(len(self.told.contexts)):
+                    parts = self.told.inputs(self.sample, view, index, offsets, None)
                     stack, valid, context = (part[None].to(device) for part in parts)
-                    made[view, row] = network(stack, valid, level, context)[0].float().cpu()
-        return self._joined(made)
+                    made.append(network(stack, valid, level, context)[0].float().cpu())
+            return made
+
+        views = torch.zeros(len(self.told.contexts), len(self.chosen), *self.sample.frames.shape[-2:])
+        for row, made in enumerate(side_by_side(estimates, self.chosen.tolist())):
+            views[:, row] = torch.stack(made)
+        return self._joined(views)
 
     def _joined(self, views: Tensor) -> Tensor:
         """Of images (view, m, y, x) those pixels whose view knows nothing of the frame there, (m, y, x)."""

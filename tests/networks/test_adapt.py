@@ -99,6 +99,21 @@ def judged_by(monkeypatch, risks):
     monkeypatch.setattr(Judge, "completed", lambda judge, network: (network, judge.risks(network)))
 
 
+def test_the_number_of_cores_changes_no_bit(movie, monkeypatch):
+    _, counts, links = movie
+    sample = Sample(torch.from_numpy(counts), links, measure_level(counts, readout_variance=0))
+    start, found = load_weights("denoise-small").module, []
+    monkeypatch.setattr("pipeline.networks.adapt.MANY", 12)
+    for cores in (1, 2):
+        monkeypatch.setattr("pipeline.networks.threads._cores", lambda cores=cores: cores)
+        found.append(adapt(start, sample, steps=12, **{**SETTINGS, "dtype": "auto"}))
+    one, two = found
+    assert one.record["final_risk"] == two.record["final_risk"]
+    states = (made.network.state_dict() for made in found)
+    for (name, left), right in zip(next(states).items(), next(states).values(), strict=True):
+        assert torch.equal(left, right), name
+
+
 def test_the_weights_of_least_risk_are_kept_and_training_ends_when_it_rises(movie, monkeypatch):
     """Looks at steps 10, 20, …: best at 20, no better at 30 and 40, and 50 is never reached; no more do estimates."""
     _, counts, links = movie
@@ -113,7 +128,7 @@ def test_the_weights_of_least_risk_are_kept_and_training_ends_when_it_rises(movi
 
     judged_by(monkeypatch, risks)
     monkeypatch.setattr("pipeline.networks.adapt.APART", 5)
-    monkeypatch.setattr("pipeline.networks.adapt.LAST_FROM", 90)
+    monkeypatch.setattr("pipeline.networks.adapt.MANY", 90)
     network, record = adapt(untrained("blindspot", CONFIG, seed=0), sample, steps=90, **SETTINGS)
     assert (record["best_step"], record["kept"], len(looks)) == (20, "adapted", 7)
     assert torch.equal(network.state_dict()["last.weight"], looks[2])
@@ -124,7 +139,7 @@ def test_a_short_training_is_looked_at_less_often(movie, monkeypatch):
     _, counts, links = movie
     sample = Sample(torch.from_numpy(counts), links, measure_level(counts, readout_variance=0))
     monkeypatch.setattr("pipeline.networks.adapt.APART", 10)
-    monkeypatch.setattr("pipeline.networks.adapt.LAST_FROM", 30)
+    monkeypatch.setattr("pipeline.networks.adapt.MANY", 30)
     looks = []
     judged_by(monkeypatch, lambda *_: (looks.append(1), np.arange(3.0, 5))[1])
     adapt(untrained("blindspot", CONFIG, seed=0), sample, steps=30, **SETTINGS)
@@ -144,7 +159,7 @@ def test_the_last_part_is_kept_unless_it_did_harm_beyond_chance(movie, monkeypat
         return next(means) + own - own.mean()
 
     judged_by(monkeypatch, risks)
-    monkeypatch.setattr("pipeline.networks.adapt.LAST_FROM", 30)
+    monkeypatch.setattr("pipeline.networks.adapt.MANY", 30)
     _, record = adapt(untrained("blindspot", CONFIG, seed=0), sample, steps=30, **SETTINGS)
     assert record["best_step"] == kept
 
