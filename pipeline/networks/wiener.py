@@ -14,12 +14,13 @@ from scipy.special import gammainccinv
 from torch import Tensor, nn
 
 from pipeline.networks.blindspot import offsets_around, offsets_of
+from pipeline.networks.threads import side_by_side
 from pipeline.steps.neighbours import DenoisingNetwork, FrameLinks, Level, local_shifts, mean_of_neighbours
 
 # The smoothing of the spectrum [frequency steps of the frame].
 SMOOTHING = 0.7
-# Chance that a frequency of mere noise counts as signal.
-FALSE = 1e-6
+# Chance that a frequency of mere noise counts as signal: a movie has some 50,000, a job hundreds of movies.
+FALSE = 1e-8
 # How far the filter of what a network left over reaches [px], in essence, and the standard errors by which a frequency
 # of it must differ from nothing.
 LEFT_REACH, LEFT_SURE = 12.0, 2.0
@@ -86,16 +87,22 @@ def common_power(
     """
     reach = network.context_radius
     side = int(next_fast_len(max(*frames.shape[-2:], 2 * reach + 2), real=True))
-    power, many = np.zeros((side, side)), []
-    for index in np.flatnonzero(links.good):
-        shifts = local_shifts(network, frames, int(index), links=links, level=level)
-        mean, count = mean_of_neighbours(network, frames, int(index), links=links, level=level, shifts=shifts)
+
+    def of_one(index: int) -> tuple[NDArray[np.float64], float] | None:
+        shifts = local_shifts(network, frames, index, links=links, level=level)
+        mean, count = mean_of_neighbours(network, frames, index, links=links, level=level, shifts=shifts)
         use = (count > 0) & torch.isfinite(frames[index])
-        if bool(use.any()):
-            pair = (frames[index] / level.mean - 1, mean / level.mean)
-            one, other = (torch.fft.fft2(torch.where(use, part, 0), s=(side, side)) for part in pair)
-            power += (one * other.conj()).real.double().cpu().numpy() / int(use.sum())
-            many.append(float(count.max()))
+        if not bool(use.any()):
+            return None
+        pair = (frames[index] / level.mean - 1, mean / level.mean)
+        one, other = (torch.fft.fft2(torch.where(use, part, 0), s=(side, side)) for part in pair)
+        return (one * other.conj()).real.double().cpu().numpy() / int(use.sum()), float(count.max())
+
+    power, many = np.zeros((side, side)), []
+    for found in side_by_side(of_one, np.flatnonzero(links.good).tolist()):
+        if found is not None:
+            power += found[0]
+            many.append(found[1])
     width = [SMOOTHING * side / int(size) for size in frames.shape[-2:]]
     return np.asarray(gaussian_filter(power / max(len(many), 1), width, mode="wrap")), np.array(many)
 
@@ -154,7 +161,7 @@ def kernel_of(signal: NDArray[np.float64], least: float, level: Level, *, around
 
     Where it does not exceed `least`, in units of the noise, it is no signal.
     """
-    power = np.maximum(signal - least * level.variance, 0)
+    power = np.where(signal > least * level.variance, signal, 0)
     gain = power / (power + level.variance / max(len(around) - 1, 1))
     kernel = np.roll(np.fft.ifft2(gain).real, (reach, reach), (0, 1))[: 2 * reach + 1, : 2 * reach + 1]
     edge = np.clip(2 * np.abs(np.arange(-reach, reach + 1)) / (reach + 1) - 1, 0, 1)
