@@ -263,7 +263,7 @@ def _averaged(network: nn.Module, sample: Sample, told: Seen, *, dtype: DType) -
 
 
 class _Best(NamedTuple):
-    """A network, its risk frame by frame, after how many steps it was, and what a step took [s]."""
+    """A network, its risk frame by frame, after how many steps it was, and what a step took of one core [s]."""
 
     network: nn.Module
     risks: NDArray[np.float64]
@@ -309,7 +309,7 @@ def _train(
     warm_up = max(1, min(100, steps // 10))
     checks = max(1, min(most_checks, steps // APART))
     looks, best, since = set(np.linspace(0, steps, checks + 1).round().astype(int)[1:].tolist()), None, 0
-    pace, done, begin = np.inf, 0, time.perf_counter()
+    pace, done, begin = np.inf, 0, _now(device)
     for step in range(1, steps + 1):
         rate = min(1.0, step / warm_up) * 0.5 * (1 + np.cos(np.pi * (step - 1) / steps))
         for group in optimiser.param_groups:
@@ -330,15 +330,16 @@ def _train(
                 best, since = _Best(copy.deepcopy(average), risks, step), 0
             elif (since := since + 1) == PATIENCE:
                 break
-            begin = time.perf_counter()
+            begin = _now(device)
     best = best or _Best(average, risk(average), steps)
     return best._replace(pace=float(pace) if np.isfinite(pace) else 0.0)
 
 
 def _now(device: torch.device) -> float:
-    """The clock [s], once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Seconds that a device was at work, all cores together: what counts where every core has a movie of its own."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
