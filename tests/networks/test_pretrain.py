@@ -7,22 +7,15 @@ import torch
 from pipeline.networks import shipped
 from pipeline.networks.adapt import untrained
 from pipeline.networks.phantoms import CleanMovie, phantom
-from pipeline.networks.pretrain import (
-    PretrainSettings,
-    card_figures,
-    draw,
-    known,
-    learn_errors,
-    movie_bank,
-    pretrain,
-    random_spec,
-)
+from pipeline.networks.pretrain import PretrainSettings, card_figures, learn_errors, pretrain
+from pipeline.networks.pretrain_movies import draw, known, movie_bank, random_spec
 
+FEW = {"simulated": 0, "phantoms": 4, "seed": 5}
 SMALL = {"frames": 3, "channels": 16, "dilations": [2]}
 
 
 def settings(**changes):
-    few = {"steps": 60, "simulated": 0, "phantoms": 4, "crop": 32, "batch": 4, "learning_rate": 3e-3, "seed": 5}
+    few = {"steps": 60, "crop": 32, "batch": 4, "learning_rate": 3e-3, **FEW}
     return PretrainSettings(**{**few, **changes})
 
 
@@ -94,11 +87,11 @@ def test_a_network_learns_how_far_off_it_is_and_estimates_as_before():
     few = settings(steps=400, phantoms=8)
     told = pretrain({**SMALL, "errors": True}, few, report=lines.append)
     before = {name: tensor.clone() for name, tensor in told.state_dict().items()}
-    learn_errors(told, movie_bank(settings(), report=lines.append), settings(steps=5), report=lines.append)
+    learn_errors(told, movie_bank(**FEW, report=lines.append), settings(steps=5), report=lines.append)
     changed = {name for name, tensor in told.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {"error.weight", "error.bias"}
     told.load_state_dict(before)
-    others, rng = movie_bank(settings(phantoms=6, seed=9), report=lines.append), np.random.default_rng(2)
+    others, rng = movie_bank(simulated=0, phantoms=6, seed=9, report=lines.append), np.random.default_rng(2)
     ratios = []
     with torch.no_grad():
         for _ in range(150):
@@ -116,7 +109,7 @@ def test_pretraining_is_reproducible_and_learns():
         assert torch.equal(tensor, second.state_dict()[name])
     start = pretrain(SMALL, settings(steps=0), report=lines.append)
     rng = np.random.default_rng(1)
-    bank = movie_bank(settings(), report=lines.append)
+    bank = movie_bank(**FEW, report=lines.append)
     errors = []
     parts = [draw(bank, rng, frames=3, crop=64, batch=4) for _ in range(30)]
     with torch.no_grad():
