@@ -75,7 +75,7 @@ def adapt(
     than one of them alone, and with little noise; that is kept unless it did harm beyond chance. Training that did not
     help is thrown away, and so is a network that does not beat the filter, by more than chance where that found
     nothing: of noise it makes a constant. `crop` [px], `batch` crops per step; Adam, a learning rate that falls as a
-    cosine. The same arguments give the same bits on one machine (one thread).
+    cosine. The same arguments give the same bits on one machine, on one core or two.
     """
     begin = time.perf_counter()
     network = with_context(network, sample)
