@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.steps.gpu import Graphs, Results, uploaded
 from pipeline.steps.neighbours import (
     DenoisingNetwork,
     FrameLinks,
@@ -58,8 +58,8 @@ def denoise(
     same n frames; `level` is that of the whole movie. `tile` [px] bounds the memory (none: whole frames at once) and,
     like `dtype` (auto: bfloat16 where the processor has it), may change the last bits. `network` must be on `device`.
     """
-    one = partial(_one_frame, network, network, links=links, level=level, tile=tile)
-    return _each(one, frames, indices, dtype=dtype, device=device)[:, 0]
+    how = {"links": links, "level": level, "tile": tile}
+    return _each(network, network, frames, indices, dtype=dtype, device=device, **how)[:, 0]
 
 
 def denoise_with_errors(
@@ -74,23 +74,35 @@ def denoise_with_errors(
     """As `denoise`, with the same arguments, and the standard deviation of the estimate's error that the network
     expects, (len(indices), y, x) [electrons]; NaN where it knows none."""
     run = getattr(network, "with_errors", None)
-    made = _each(partial(_one_frame, network, run or network, **how), frames, indices, dtype=dtype, device=device)
+    made = _each(network, run or network, frames, indices, dtype=dtype, device=device, **how)
     return made[:, 0], made[:, 1] if run else np.full_like(made[:, 0], np.nan)
 
 
 def _each(
-    one: Callable[[Tensor, int], Tensor],
+    network: DenoisingNetwork,
+    run: Callable[..., Tensor],
     frames: NDArray[np.float32] | Tensor,
     indices: Sequence[int],
     *,
     dtype: DType,
     device: str,
+    **how: Any,
 ) -> NDArray[np.float32]:
-    """What is made of frames one by one, (len(indices), 1 or 2, y, x)."""
-    images = torch.as_tensor(frames).to(device)
-    with torch.inference_mode(), one_thread(), reduced_precision(device, dtype):
-        made = [one(images, int(index)).cpu() for index in indices]
-    return torch.stack(made).numpy() if made else np.empty((0, 2, *images.shape[-2:]), dtype=np.float32)
+    """What `run`, a way to call the network, makes of frames one by one, (len(indices), 1 or 2, y, x)."""
+    if not len(indices):
+        return np.empty((0, 2, *frames.shape[-2:]), dtype=np.float32)
+    results, reach = Results(len(indices), device), max(network.around)
+    run = Graphs(run) if device.startswith("cuda") else run
+    with (
+        torch.inference_mode(),
+        one_thread(),
+        reduced_precision(device, dtype),
+        uploaded(frames, device) as (images, arrive),
+    ):
+        for index in indices:
+            arrive(int(index) + reach)
+            results.add(_one_frame(network, run, images, int(index), **how))
+        return results.all()
 
 
 def _one_frame(
