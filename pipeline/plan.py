@@ -33,7 +33,7 @@ STEPS: Mapping[str, tuple[int, str | None, tuple[str, ...]]] = {
         f"drift.{name}" for name in ("correct", "band", "taper", "change", "limit")))),
     "survey": (3, "calibrate", ("drift.lags", "drift.candidates", "drift.max_shift", "drift.defocus_shift")),
     "drift": (3, "survey", ("drift.max_motion", "drift.cauchy")),
-    "adapt": (10, "drift", ("denoise",)),
+    "adapt": (11, "drift", ("denoise",)),
     "vote": (1, "adapt", ("segment.model", "segment.contrast", "source.mode", "lowpass")),
     "process": (6, "vote", (
         "segment", "columns", "particles", "fourier.band", "fourier.significance", "species", "images.save")),

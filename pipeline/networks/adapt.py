@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.networks.adapt_sample import SLOT_DROPOUT, Batches, Sample, Seen, held_out, seen, turned, turned_back
 from pipeline.networks.blindspot import CONTEXT_RADIUS, BlindSpot, rebuilt, scale_of
-from pipeline.networks.risk import Judge, beats, mean_risk
+from pipeline.networks.risk import Judge, Look, beats, mean_risk
 from pipeline.networks.threads import side_by_side
 from pipeline.networks.weights import build
 from pipeline.networks.wiener import NeighbourWiener, wiener_kernel
@@ -23,10 +23,11 @@ from pipeline.steps.denoise import DType, one_thread, reduced_precision
 from pipeline.steps.motion import learnt_spread
 from pipeline.steps.neighbours import DenoisingNetwork, FrameLinks, Level, compared
 
-# Looks at the running mean over about MEMORY steps in a training, and how many in a row may be no better. A look costs
-# as much as some twenty steps, so they lie at least so many apart.
-CHECKS, PATIENCE, APART = 6, 2, 100
-MEMORY = 150
+# Looks at the running mean of the weights in a training, and how many in a row may be no better. A look costs as much
+# as some thirty steps, so they lie at least so many apart.
+CHECKS, PATIENCE, APART = 6, 2, 300
+# Steps of that mean at most, and as a share of all: what a short training learns last is not to be averaged away.
+MEMORY, MEMORY_SHARE = 150, 1 / 10
 SURE = 2.0
 # The last part of the steps, in which a network is trained on its own estimates. With fewer than MANY steps that is not
 # worth it, for making these takes as long as a hundred; nor do so few learn anything by heart.
@@ -83,21 +84,26 @@ def adapt(
     with one_thread():
         told = seen(network, sample)
         judge = Judge(sample, held if steps else torch.ones_like(held), told, dtype)  # untrained: all pixels tell
-        completed, before = judge.completed(network)
-        trained = None
+        first = judge.look(network)
+        untouched, trained = judge.completed(first), None
         if steps and sample.links.good.any():
-            draws = partial(_shares, sample, held, device=_device(network), crop=crop, batch=batch)
-            train = partial(_train, risk=judge.risks, learning_rate=learning_rate, dtype=dtype)
-            trained = _in_two_parts(network, sample, told, draws, train, steps=steps, seed=seed, dtype=dtype)
-        made, after = (completed, before) if trained is None else judge.completed(trained.network)
-        plain = _wiener(network)
-        filtered = np.full_like(before, np.nan) if plain is None else judge.risks(plain)
+            whole = seen(network, sample, whole=True) if len(told.contexts) > 1 else told
+            draws = partial(_shares, sample, held, whole, device=_device(network), crop=crop, batch=batch)
+            train = partial(_train, look=judge.look, learning_rate=learning_rate, dtype=dtype)
+            averaged = partial(_averaged, sample=sample, told=whole, dtype=dtype)
+            trained = _in_two_parts(network, draws, train, averaged, steps=steps, seed=seed)
+        made = untouched if trained is None else judge.completed(trained.look)
+        before, after, plain = untouched.risks, made.risks, _wiener(network)
+        none = np.full_like(before, np.nan)
+        filtered = none if plain is None else judge.look(plain).risks
         # Behind a filter that found nothing a network must not find something by chance.
         sure = 0.0 if plain is not None and bool(plain.kernel.any()) else SURE
-        kept = _which(before, np.full_like(before, np.nan) if trained is None else after, filtered, sure=sure)
+        kept = _which(before, none if trained is None else after, filtered, sure=sure)
         if kept == "initial" and plain is not None and trained is not None:
-            kept = _which(*_untrained_risks(network, plain, judge), sure=sure)
-    chosen = {"adapted": made, "initial": completed, "wiener": plain}[kept]
+            # What was not trained on the sample may be judged by all pixels.
+            everywhere = judge._replace(held=torch.ones_like(held))
+            kept = _which(everywhere.completed(first).risks, none, everywhere.look(plain).risks, sure=sure)
+    chosen = {"adapted": made.network, "initial": untouched.network, "wiener": plain}[kept]
     record = {
         "initial_risk": mean_risk(before),
         "final_risk": mean_risk(after),
@@ -112,13 +118,6 @@ def adapt(
         "device": str(_device(network)),
     }
     return Adapted(copy.deepcopy(cast(nn.Module, chosen)).eval(), record)
-
-
-def _untrained_risks(network: nn.Module, plain: nn.Module, judge: Judge) -> tuple[NDArray[np.float64], ...]:
-    """Risks of a network that was not trained on the sample, of none, and of the filter, as all pixels tell them."""
-    judge = judge._replace(held=torch.ones_like(judge.held))
-    before = judge.completed(network)[1]
-    return before, np.full_like(before, np.nan), judge.risks(plain)
 
 
 def _which(
@@ -194,7 +193,7 @@ def bound(
         return cast(DenoisingNetwork, told)
     with one_thread():
         judge = Judge(sample, torch.ones_like(sample.frames, dtype=torch.bool), seen(told, sample), "auto")
-        return cast(DenoisingNetwork, judge.completed(told)[0].eval())
+        return cast(DenoisingNetwork, judge.completed(judge.look(told)).network.eval())
 
 
 def _device(network: nn.Module) -> torch.device:
@@ -215,29 +214,25 @@ def _shares(
 
 def _in_two_parts(
     network: nn.Module,
-    sample: Sample,
-    told: Seen,
     draws: Callable[..., list[Batches]],
     train: Callable[..., _Best],
+    averaged: Callable[[nn.Module], Tensor],
     *,
     steps: int,
     seed: int,
-    dtype: DType,
 ) -> _Best:
     """Train on the noisy frames, then, if it is a BlindSpot, on the averaged estimates of what that gave."""
     many = steps >= MANY
     last = round(LAST_SHARE * steps) if isinstance(network, BlindSpot) and many else 0
-    first = draws(told, seed=seed, part=0, dropout=SLOT_DROPOUT if many else 0.0)
-    best = train(network, first, steps=steps - last)
+    best = train(network, draws(seed=seed, part=0, dropout=SLOT_DROPOUT if many else 0.0), steps=steps - last)
     if not last:
         return best
-    # Estimates as targets have no noise of single pixels that could be betrayed: all that is known may be told.
-    whole = seen(network, sample, whole=True)
-    calm = _averaged(best.network, sample, whole, dtype=dtype)
-    # It has hardly anything to learn by heart, and at low dose its gain is less than what is known of its risk.
-    again = draws(whole, seed=seed, part=1, targets=calm, dropout=0.0)
-    second = train(best.network, again, steps=last, most_checks=1)
-    harmed = beats(best.risks, second.risks, sure=SURE) or not np.isfinite(mean_risk(second.risks))
+    # Estimates have no noise of single pixels that could be learnt by heart, and at low dose what this gains is less
+    # than what is known of its risk.
+    again = draws(seed=seed, part=1, targets=averaged(best.look.network), dropout=0.0)
+    second = train(best.look.network, again, steps=last, most_checks=1)
+    before, after = best.look.risks, second.look.risks
+    harmed = beats(before, after, sure=SURE) or not np.isfinite(mean_risk(after))
     return best if harmed else second._replace(step=steps - last + second.step)
 
 
@@ -263,10 +258,9 @@ def _averaged(network: nn.Module, sample: Sample, told: Seen, *, dtype: DType) -
 
 
 class _Best(NamedTuple):
-    """A network, its risk frame by frame, after how many steps it was, and what a step took of one core [s]."""
+    """A look at a network, after how many steps it was, and what a step took of one core [s]."""
 
-    network: nn.Module
-    risks: NDArray[np.float64]
+    look: Look
     step: int
     pace: float = 0.0
 
@@ -294,7 +288,7 @@ def _slope(network: nn.Module, batches: Batches, *, dtype: DType) -> _Slope:
 def _train(
     start: nn.Module,
     shares: Sequence[Batches],
-    risk: Callable[[nn.Module], NDArray[np.float64]],
+    look: Callable[[nn.Module], Look],
     *,
     steps: int,
     learning_rate: float,
@@ -306,7 +300,7 @@ def _train(
     network, average = copy.deepcopy(start).train(), copy.deepcopy(start).eval()
     device, slope = _device(network), partial(_slope, network, dtype=dtype)
     optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate, betas=(0.9, 0.99))
-    warm_up = max(1, min(100, steps // 10))
+    warm_up, memory = max(1, min(100, steps // 10)), max(1, min(MEMORY, round(MEMORY_SHARE * steps)))
     checks = max(1, min(most_checks, steps // APART))
     looks, best, since = set(np.linspace(0, steps, checks + 1).round().astype(int)[1:].tolist()), None, 0
     pace, done, begin = np.inf, 0, _now(device)
@@ -314,24 +308,24 @@ def _train(
         rate = min(1.0, step / warm_up) * 0.5 * (1 + np.cos(np.pi * (step - 1) / steps))
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * rate
-        found = list(side_by_side(slope, shares))
-        pixels = torch.stack([share.pixels for share in found]).sum().clamp_min(1)
-        for parameter, *parts in zip(network.parameters(), *(share.gradients for share in found), strict=True):
+        slopes = list(side_by_side(slope, shares))
+        pixels = torch.stack([share.pixels for share in slopes]).sum().clamp_min(1)
+        for parameter, *parts in zip(network.parameters(), *(share.gradients for share in slopes), strict=True):
             told = [part for part in parts if part is not None]
             parameter.grad = torch.stack(told).sum(0) / pixels if told else None
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
-        blend(average, network, 1 / min(step, MEMORY))
+        blend(average, network, 1 / min(step, memory))
         if step in looks:
             # The quickest run of steps between two looks: the first one also warms up.
             pace, done = min(pace, (_now(device) - begin) / (step - done)), step
-            risks = risk(average)
-            if best is None or mean_risk(risks) < mean_risk(best.risks):
-                best, since = _Best(copy.deepcopy(average), risks, step), 0
+            found = look(average)
+            if best is None or mean_risk(found.risks) < mean_risk(best.look.risks):
+                best, since = _Best(found._replace(network=copy.deepcopy(average)), step), 0
             elif (since := since + 1) == PATIENCE:
                 break
             begin = _now(device)
-    best = best or _Best(average, risk(average), steps)
+    best = best or _Best(look(average), steps)
     return best._replace(pace=float(pace) if np.isfinite(pace) else 0.0)
 
 

@@ -112,9 +112,10 @@ def held_out(sample: Sample, *, seed: int) -> Tensor:
 class Seen(NamedTuple):
     """What a network is told of the frames of a sample besides their counts, in one or two views.
 
-    How the parts of a frame have moved is read from its own counts too, which would betray some of the noise that a
-    network must not see. So there are two views, each ignorant of every other square of the frame: an estimate is
-    judged, and trained, in the squares of which its view knows nothing. `whole` is one view that knows them all.
+    How the parts of a frame have moved is read from its own counts too, which betrays some of the noise that it is
+    judged by. So there are two views, each ignorant of every other square of the frame: an estimate is judged in the
+    squares of which its view knows nothing. The `whole` view knows them all, as a denoised frame does; training takes
+    that: two numbers for a window betray too little to be learnt, and every pixel is a target, which is worth more.
     """
 
     contexts: Tensor
@@ -183,8 +184,8 @@ def seen(network: nn.Module, sample: Sample, *, whole: bool = False) -> Seen:
 class Batches:
     """Random crops of a sample with their neighbours, turned and mirrored in space and time.
 
-    targets (m, y, x) [electrons]: what is to be estimated; by default the frames themselves. dropout: share of the
-    neighbours that are left out.
+    seen: in one view. targets (m, y, x) [electrons]: what is to be estimated; by default the frames themselves.
+    dropout: share of the neighbours that are left out.
     """
 
     def __init__(
@@ -192,7 +193,6 @@ class Batches:
         targets: Tensor | None = None, dropout: float,
     ) -> None:  # fmt: skip
         self.sample, self.held, self.seen, self.batch = sample, held, seen, batch
-        self.views = [seen.judged(view) for view in range(len(seen.contexts))]
         self.targets, self.dropout = sample.frames if targets is None else targets, dropout
         self.generator = torch.Generator().manual_seed(seed)
         self.usable = np.flatnonzero(sample.links.good)
@@ -209,13 +209,12 @@ class Batches:
     def _one(self, offsets: Sequence[int]) -> tuple[Tensor, ...]:
         frames, level = self.sample.frames, self.sample.level
         index = int(self.usable[self._random(len(self.usable))])
-        view = self._random(len(self.views)) if len(self.views) > 1 else 0
         top, left = (self._random(size - self.side + 1) for size in frames.shape[-2:])
         region = (top, left, self.side, self.side)
-        stack, valid, context = self.seen.inputs(self.sample, view, index, offsets, region)
+        stack, valid, context = self.seen.inputs(self.sample, 0, index, offsets, region)
         here = (index, slice(top, top + self.side), slice(left, left + self.side))
         target = self.targets[here]
-        weight = (~self.held[here] & self.views[view][here[1:]] & torch.isfinite(target)).float()
+        weight = (~self.held[here] & torch.isfinite(target)).float()
         target = torch.nan_to_num(target, nan=level.mean, posinf=level.mean, neginf=level.mean)
         turn = self._random(16)
         if turn & 8:

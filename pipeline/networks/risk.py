@@ -22,6 +22,15 @@ from pipeline.steps.neighbours import DenoisingNetwork, convolved
 CHECK_FRAMES = 32
 
 
+class Look(NamedTuple):
+    """A network, what it makes of the frames that are looked at, (m, y, x) [electrons], and its risk, frame by frame:
+    estimated mean squared error over the squared mean."""
+
+    network: nn.Module
+    estimates: Tensor
+    risks: NDArray[np.float64]
+
+
 class Judge(NamedTuple):
     """Judges networks on a sample by estimates that are independent of the noise they are compared with.
 
@@ -41,21 +50,23 @@ class Judge(NamedTuple):
         last = max(len(usable) - 1, 0)
         return usable[np.unique(np.linspace(0, last, CHECK_FRAMES).round().astype(int))] if len(usable) else usable
 
-    def risks(self, network: nn.Module) -> NDArray[np.float64]:
-        """Estimated mean squared error over the squared mean, frame by frame, from pixels that were never a target."""
-        return self._risks(self._estimates(network))
-
-    def completed(self, network: nn.Module) -> tuple[nn.Module, NDArray[np.float64]]:
-        """A BlindSpot with what it left over of the sample, and its risks then."""
+    def look(self, network: nn.Module) -> Look:
+        """At a network, by pixels that were never a target."""
         estimates = self._estimates(network)
+        return Look(network, estimates, self._risks(estimates))
+
+    def completed(self, look: Look) -> Look:
+        """The same with what a BlindSpot left over of the sample."""
+        network, estimates, _ = look
         if not isinstance(network, BlindSpot) or not network.context_radius or not bool(network.kernel.any()):
-            return network, self._risks(estimates)
+            return look._replace(risks=self._risks(estimates))
         contexts = self.told.contexts[:, self.chosen, 0]
         found = leftover_filter(self.sample.frames[self.chosen] - estimates, self._joined(contexts))
         kernel = convolved(network.kernel, found.to(network.kernel.device))
         grown = rebuilt(network, {"leftover": True}, {"leftover_kernel": kernel})
         added = torch.stack(list(side_by_side(partial(convolved, kernels=found), contexts.flatten(0, 1))))
-        return grown, self._risks(estimates + self._joined(added.view_as(contexts)))
+        estimates = estimates + self._joined(added.view_as(contexts))
+        return Look(grown, estimates, self._risks(estimates))
 
     def _estimates(self, network: nn.Module) -> Tensor:
         """Of the frames that are looked at, (m, y, x) [electrons]."""

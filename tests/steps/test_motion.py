@@ -152,7 +152,7 @@ def test_moments_do_not_depend_on_the_rows_they_are_taken_in():
     assert whole.share[2, 1, 2] == pytest.approx(valid[2][block].float().mean())
 
 
-def test_in_a_training_view_no_way_leads_back_to_the_pixel_itself(turned):
+def test_in_a_view_that_judges_no_way_leads_back_to_the_pixel_itself(turned):
     """The estimate where a view is judged, through displacements, moved neighbours, their filter and the network."""
     sample, network = (
         turned[2],
