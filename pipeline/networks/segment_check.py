@@ -75,11 +75,10 @@ def denoised(movie: SimulatedMovie, denoiser: nn.Module) -> np.ndarray:
     return denoise.denoise(network, frames, [count // 2], links=links, level=level, tile=None, dtype="auto")
 
 
-def tally_columns(probability: np.ndarray, movie: SimulatedMovie, frame: int, *, threshold: float) -> Tally:
+def tally_columns(probability: np.ndarray, truth: np.ndarray, *, sampling: float, threshold: float) -> Tally:
     """Found against true columns of one frame; those too thin to be visible are neither demanded nor spurious."""
-    sampling, shape = movie.sampling, movie.spec.shape
+    shape = probability.shape
     peaks = find_columns(probability, threshold=threshold, min_distance=1.0 / sampling)
-    truth = movie.columns[frame]
     true = np.column_stack([truth["y"], truth["x"]])
     found = np.column_stack([peaks.y, peaks.x])
     match = match_columns(found * sampling, true * sampling, max_distance=REACH)
@@ -120,7 +119,11 @@ class Judge(NamedTuple):
                 vote = segment.vote_polarity(self.network, image, sampling=movie.sampling, **self.options)
                 right[index] += vote == movie.polarity
                 probability = self._probability(image, movie, movie.polarity)
-                tallies[index].append(tally_columns(probability, movie, FRAMES // 2, threshold=self.threshold))
+                tallies[index].append(
+                    tally_columns(
+                        probability, movie.columns[FRAMES // 2], sampling=movie.sampling, threshold=self.threshold
+                    )
+                )
         reached = [score(merge(each)) for each in tallies]
         return [
             Result(r.precision, r.recall, r.f1, r.rms, votes, movies) for r, votes in zip(reached, right, strict=True)

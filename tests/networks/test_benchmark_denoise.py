@@ -21,9 +21,12 @@ def test_the_benchmark_runs_and_lists_every_rival(tmp_path):
         sys.executable,
         str(SCRIPT),
         "--quick",
+        "--scenes",
+        "Pt",
+        "WSe2",
         "--size",
-        "12",
-        "90",
+        "14",
+        "140",
         "--doses",
         "1",
         "--steps",
@@ -42,7 +45,7 @@ def test_the_benchmark_runs_and_lists_every_rival(tmp_path):
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
-    assert set(figures) == {"nanoparticle 1", "wse2 1"}
+    assert set(figures) == {"Pt 1", "WSe2 1"}
     expected = {"noisy", "Gaussian", "low-pass", "3-frame mean", "5-frame mean", "9-frame mean", "Wiener", "WCVD"}
     expected |= {"9-frame mean + Wiener", "total variation", "non-local means", "ours, large, pretrained"}
     expected |= {

@@ -18,7 +18,10 @@ def movie():
     return simulate_movie(SPEC, 3)
 
 
-def spots(movie, frame, rows):
+HOW = {"sampling": SPEC.sampling, "threshold": 0.5}
+
+
+def spots(rows):
     grid = np.mgrid[:96, :96]
     out = np.zeros((96, 96))
     for row in rows:
@@ -28,20 +31,19 @@ def spots(movie, frame, rows):
 
 def test_the_truth_scores_one_and_a_lost_column_is_counted(movie):
     truth = movie.columns[3]
-    perfect = score(segment_check.tally_columns(spots(movie, 3, truth), movie, 3, threshold=0.5))
+    perfect = score(segment_check.tally_columns(spots(truth), truth, **HOW))
     assert perfect.precision == perfect.recall == 1 and perfect.rms < 0.02
     middle = np.argmin(np.hypot(truth["y"] - 48, truth["x"] - 48))
-    fewer = segment_check.tally_columns(spots(movie, 3, np.delete(truth, middle)), movie, 3, threshold=0.5)
+    fewer = segment_check.tally_columns(spots(np.delete(truth, middle)), truth, **HOW)
     assert score(fewer).lost == 1 and score(fewer).spurious == 0
 
 
 def test_columns_marked_invisible_are_neither_demanded_nor_spurious(movie):
     truth = movie.columns[3].copy()
     truth["visible"][::2] = False
-    hidden = segment_check.SimulatedMovie(**{**vars(movie), "columns": [truth] * 7})
-    reached = score(segment_check.tally_columns(spots(movie, 3, truth), hidden, 3, threshold=0.5))
+    reached = score(segment_check.tally_columns(spots(truth), truth, **HOW))
     assert reached.precision == reached.recall == 1
-    seen = score(segment_check.tally_columns(spots(movie, 3, truth[truth["visible"]]), hidden, 3, threshold=0.5))
+    seen = score(segment_check.tally_columns(spots(truth[truth["visible"]]), truth, **HOW))
     assert seen.precision == seen.recall == 1
 
 
