@@ -23,6 +23,7 @@ from pipeline.networks.unet import UNet
 from pipeline.networks.wcvd import RELEASED
 from pipeline.networks.weights import SHIPPED, denoiser_of, load_weights
 from pipeline.steps.denoise import DType, denoise, has_bfloat16, reduced_precision
+from pipeline.steps.gpu import Graphs
 from pipeline.steps.neighbours import FrameLinks, measure_level
 from schemas.settings import Denoise
 
@@ -149,12 +150,15 @@ def measure_throughput(edge: int, *, device: str, frames: int, repeats: int) -> 
                     form(*parts)
                 seconds = _shortest(partial(form, *parts), device, repeats) / frames
                 yield DenoiserSpeed(f"{tier}, {words} of {frames}", dtype, network.macs_per_pixel, seconds)
-        run = partial(
-            denoise, _following(network), counts, range(frames), links=links, level=level, tile=options.tile,
-            dtype=dtype, device=device,
-        )  # fmt: skip
-        seconds = _shortest(run, device, repeats) / frames
-        yield DenoiserSpeed(f"{tier}, from and to host memory", dtype, network.macs_per_pixel, seconds)
+        following = _following(network)
+        ways = {"": following} | ({", captured": Graphs(following)} if device == "cuda" else {})
+        for words, way in ways.items():
+            run = partial(
+                denoise, way, counts, range(frames), links=links, level=level, tile=options.tile, dtype=dtype,
+                device=device,
+            )  # fmt: skip
+            seconds = _shortest(run, device, repeats) / frames
+            yield DenoiserSpeed(f"{tier}, from and to host memory{words}", dtype, network.macs_per_pixel, seconds)
 
 
 def _following(network: nn.Module) -> Any:

@@ -254,8 +254,9 @@ def process(task: Task) -> Mapping[str, Any]:
     while True:
         try:
             return _process(attempt, clock)
-        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-            if type(error) is RuntimeError and "can't allocate memory" not in str(error):  # as torch says it of a host
+        except (MemoryError, RuntimeError) as error:
+            words = ("can't allocate memory", "out of memory")  # as torch says it of a host, and of a GPU's driver
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(w in str(error) for w in words):
                 raise
             if (less := smaller(attempt)) is None:
                 raise ResourceError(

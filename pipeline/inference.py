@@ -11,6 +11,7 @@ from pipeline.models import cutoff, finds_particles, network
 from pipeline.movie import Clock, Movie, device_text, saturation_of
 from pipeline.networks.weights import Loaded
 from pipeline.steps import denoise, detector, neighbours, particles, segment
+from pipeline.steps.gpu import Graphs
 from pipeline.steps.lowpass import lowpass
 
 VOTING_FRAMES = 6
@@ -101,13 +102,14 @@ def denoised(movie: Movie, frames: range, clock: Clock) -> Denoised:
             "links": links, "level": movie.level, "tile": movie.settings.denoise.tile,
             "dtype": movie.settings.denoise.dtype, "device": movie.task.device,
         }  # fmt: skip
+        module: Any = loaded.module
         with clock("denoise"):
-            if expected is None:
-                out[place] = denoise.denoise(cast(Any, loaded.module), electrons, wanted, **how)
+            if expected is not None:
+                out[place], expected[place] = denoise.denoise_with_errors(module, electrons, wanted, **how)
             else:
-                out[place], expected[place] = denoise.denoise_with_errors(
-                    cast(Any, loaded.module), electrons, wanted, **how
-                )
+                captured = movie.settings.denoise.graphs and movie.task.device.startswith("cuda")
+                used: Any = Graphs(module) if captured else module
+                out[place] = denoise.denoise(used, electrons, wanted, **how)
     limit = cutoff(movie.settings, energy=movie.stack.attributes.get("energy"))
     if place and limit is not None:
         with clock("lowpass"):

@@ -157,6 +157,10 @@ class Denoise(Section):
         "auto", description="number format of the network; auto: bfloat16 where the processor has it"
     )
 
+    graphs: bool = Field(
+        False, description="on a GPU, replay the network's passes as CUDA graphs, checked against it; not tried yet"
+    )
+
     @model_validator(mode="after")
     def _trained(self) -> Denoise:
         if self.group is not None and (self.network != "blindspot" or self.weights not in ("adapt", "scratch")):

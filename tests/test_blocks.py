@@ -55,9 +55,12 @@ def test_memory_that_is_too_small_for_good_is_the_sites_to_mend(monkeypatch: pyt
         blocks.process(TASK)
 
 
-def test_want_of_memory_is_told_from_other_errors_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, torch.AcceleratorError])
+def test_want_of_memory_is_told_from_other_errors_of_torch(
+    monkeypatch: pytest.MonkeyPatch, kind: type[RuntimeError]
+) -> None:
     def process(task: Task, clock: object) -> dict[str, str]:
-        raise RuntimeError("shapes do not fit")
+        raise kind("shapes do not fit")
 
     monkeypatch.setattr(blocks, "_process", process)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
@@ -66,7 +69,7 @@ def test_want_of_memory_is_told_from_other_errors_of_torch(monkeypatch: pytest.M
         torch.empty(2**60, dtype=torch.uint8)  # what torch says when the host has no room
 
     def starve(task: Task, clock: object) -> dict[str, str]:
-        raise RuntimeError(str(caught.value))
+        raise kind(str(caught.value))
 
     monkeypatch.setattr(blocks, "_process", starve)
     with pytest.raises(ResourceError, match="smallest tiles"):

@@ -96,13 +96,7 @@ def adapt(
         before, after, plain = untouched.risks, made.risks, _wiener(network)
         none = np.full_like(before, np.nan)
         filtered = none if plain is None else judge.look(plain).risks
-        # Behind a filter that found nothing a network must not find something by chance.
-        sure = 0.0 if plain is not None and bool(plain.kernel.any()) else SURE
-        kept = _which(before, none if trained is None else after, filtered, sure=sure)
-        if kept == "initial" and plain is not None and trained is not None:
-            # What was not trained on the sample may be judged by all pixels.
-            everywhere = judge._replace(held=torch.ones_like(held))
-            kept = _which(everywhere.completed(first).risks, none, everywhere.look(plain).risks, sure=sure)
+        kept = _kept(judge, first, plain, (before, none if trained is None else after, filtered))
     chosen = {"adapted": made.network, "initial": untouched.network, "wiener": plain}[kept]
     record = {
         "initial_risk": mean_risk(before),
@@ -118,6 +112,19 @@ def adapt(
         "device": str(_device(network)),
     }
     return Adapted(copy.deepcopy(cast(nn.Module, chosen)).eval(), record)
+
+
+def _kept(judge: Judge, first: Look, plain: NeighbourWiener | None, risks: tuple[NDArray[np.float64], ...]) -> str:
+    """What to keep of a network as it came, adapted, and the filter, by their risks."""
+    # Behind a filter that found nothing a network must not find something by chance.
+    sure = 0.0 if plain is not None and bool(plain.kernel.any()) else SURE
+    kept = _which(*risks, sure=sure)
+    if kept == "initial" and plain is not None and not bool(judge.held.all()):
+        # What was not trained on the sample may be judged by all pixels.
+        everywhere = judge._replace(held=torch.ones_like(judge.held))
+        initial, filtered = everywhere.completed(first).risks, everywhere.look(plain).risks
+        kept = _which(initial, np.full_like(initial, np.nan), filtered, sure=sure)
+    return kept
 
 
 def _which(

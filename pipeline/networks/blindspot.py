@@ -186,8 +186,8 @@ class BlindSpot(nn.Module):
             extra = None if extra is None else functional.pad(extra, odd, mode="replicate")
             valid = functional.pad(valid.to(x.dtype), odd, mode="replicate") > 0
         precision = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        # What the host does depends on nothing that a GPU knows while a graph of it is captured.
-        complete = not (x.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(valid.all())
+        # In use a GPU is never waited for, and what it does may be captured; it adds zeros instead.
+        complete = not (x.is_cuda and torch.is_inference_mode_enabled()) and bool(valid.all())
         missing = None if complete else ~_blocks_all(valid)
         extra = None if extra is None else _unshuffle(extra)
         h = self._half(_unshuffle(x.to(precision)), missing, level, extra)

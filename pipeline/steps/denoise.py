@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.steps.gpu import Graphs, Results, uploaded
+from pipeline.steps.gpu import Results, uploaded
 from pipeline.steps.neighbours import (
     DenoisingNetwork,
     FrameLinks,
@@ -92,7 +92,6 @@ def _each(
     if not len(indices):
         return np.empty((0, 2, *frames.shape[-2:]), dtype=np.float32)
     results, reach = Results(len(indices), device), max(network.around)
-    run = Graphs(run) if device.startswith("cuda") else run
     with (
         torch.inference_mode(),
         one_thread(),
@@ -112,7 +111,8 @@ def _one_frame(
     """One frame, window by window; each window carries as many neighbouring pixels as the network can see."""
     height, width = (int(size) for size in frames.shape[-2:])
     halo = network.receptive_radius
-    levels = torch.tensor(level, dtype=torch.float32, device=frames.device)
+    # Not copied from the host, which would wait for a GPU.
+    levels = torch.stack([torch.full((), value, dtype=torch.float32, device=frames.device) for value in level])
     if network.periodic:
         return _one_periodic_frame(network, frames, index, links=links, levels=levels, tile=tile)[None]
     shifts = local_shifts(network, frames, index, links=links, level=level)
@@ -166,7 +166,7 @@ def _one_periodic_frame(
 def has_bfloat16(device: str) -> bool:
     """Whether bfloat16 convolutions are faster than float32 on `device`."""
     if device.startswith("cuda"):
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(check()) for check in (getattr(torch.cpu, name, None) for name in names) if check is not None)
 

@@ -1,4 +1,4 @@
-"""What keeps a GPU at work: frames that travel while it computes, and a network's passes captured as graphs.
+"""What keeps a GPU at work: frames that travel while it computes, and, if asked for, a network's passes as graphs.
 
 Neither changes what is computed; on a CPU there is nothing to do.
 """
@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,12 +33,13 @@ def uploaded(frames: NDArray[Any] | Tensor, device: str) -> Iterator[tuple[Tenso
         yield source.to(device), lambda last: None
         return
     images = torch.empty_like(source, device=device)
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    # Torch hands the same few streams of a priority out again and again; this must never be the one of `Graphs`.
+    stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
     # That memory may be in use until now, and is to be freed only after the last copy.
     stream.wait_stream(torch.cuda.current_stream(device))
     images.record_stream(stream)
     buffers = [torch.empty_like(source[:1], pin_memory=True) for _ in range(2)]
-    there = [torch.cuda.Event() for _ in range(len(source))]  # type: ignore[no-untyped-call]
+    there = [torch.cuda.Event(blocking=True) for _ in range(len(source))]  # type: ignore[no-untyped-call]
 
     def copy(index: int) -> None:
         buffer = buffers[index % 2]
@@ -48,16 +50,19 @@ def uploaded(frames: NDArray[Any] | Tensor, device: str) -> Iterator[tuple[Tenso
             images[index].copy_(buffer[0], non_blocking=True)
             there[index].record(stream)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="upload") as carrier:
-        copies: list[Future[None]] = [carrier.submit(copy, index) for index in range(len(source))]
+    carrier = ThreadPoolExecutor(1, thread_name_prefix="upload")
+    copies: list[Future[None]] = [carrier.submit(copy, index) for index in range(len(source))]
 
-        def arrive(last: int) -> None:
-            if copies:
-                last = min(last, len(copies) - 1)
-                copies[last].result()
-                torch.cuda.current_stream(device).wait_event(there[last])
+    def arrive(last: int) -> None:
+        if copies:
+            last = min(last, len(copies) - 1)
+            copies[last].result()
+            torch.cuda.current_stream(device).wait_event(there[last])
 
+    try:
         yield images, arrive
+    finally:
+        carrier.shutdown(cancel_futures=True)
 
 
 class Results:
@@ -65,7 +70,7 @@ class Results:
 
     def __init__(self, many: int, device: str) -> None:
         self._many, self._kept, self._added = many, list[Tensor](), 0
-        self._stream: Any = torch.cuda.Stream(device) if device.startswith("cuda") else None  # type: ignore[no-untyped-call]
+        self._stream: Any = torch.cuda.Stream(device, priority=-1) if device.startswith("cuda") else None  # type: ignore[no-untyped-call]
         self._host: Tensor | None = None
 
     def add(self, made: Tensor) -> None:
@@ -86,7 +91,7 @@ class Results:
         if self._host is None:
             return torch.stack(self._kept).numpy()
         self._stream.synchronize()
-        return self._host.numpy().copy()  # page-locked memory is scarce
+        return self._host.numpy().copy()  # what is page-locked serves the next frames
 
 
 class _Captured(NamedTuple):
@@ -96,67 +101,82 @@ class _Captured(NamedTuple):
 
 
 class Graphs:
-    """A network whose passes over inputs of the same shapes are replayed as a CUDA graph, one launch instead of some
-    fifty.
+    """Stands for a network whose passes over inputs of the same shapes are replayed as a CUDA graph, one launch instead
+    of some fifty. Written without a GPU at hand: not the default.
 
-    The first replay of each is held against the pass itself; where they differ, or it cannot be captured, that shape is
-    computed as ever and a warning says so. What is returned is overwritten by the next call.
+    The first replay of each is held against the pass itself; if they differ, or it cannot be captured, a warning says
+    so and this process captures no more. What is returned is overwritten by the next call.
     """
+
+    refused = False
 
     def __init__(self, run: Callable[..., Tensor]) -> None:
         self._run = run
         self._seen: dict[tuple[Any, ...], int] = {}
-        self._known: dict[tuple[Any, ...], _Captured | None] = {}
+        self._known: dict[tuple[Any, ...], _Captured] = {}
+        self._made: list[torch.cuda.CUDAGraph] = []
         self._pool: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the network's."""
+        return getattr(self._run, name)
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         """A pass of the network over its inputs, some of which may be None."""
-        tensors = tuple(part for part in inputs if part is not None)
         key = tuple(None if part is None else (part.shape, part.dtype) for part in inputs)
         self._seen[key] = self._seen.get(key, 0) + 1
-        if self._seen[key] <= PASSES:
-            return self._run(*inputs)
-        if key not in self._known:
-            self._known[key] = self._checked(inputs)
-        found = self._known[key]
-        return self._run(*inputs) if found is None else _replayed(found, tensors)
+        if key in self._known:
+            return _replayed(self._known[key], inputs)
+        made = self._run(*inputs)
+        if self._seen[key] > PASSES and not Graphs.refused:
+            self._learn(key, inputs, made)
+        return made
 
-    def _checked(self, inputs: tuple[Tensor | None, ...]) -> _Captured | None:
-        expected = self._run(*inputs).clone()
-        tensors = tuple(part for part in inputs if part is not None)
+    def _learn(self, key: tuple[Any, ...], inputs: tuple[Tensor | None, ...], made: Tensor) -> None:
         try:
             found = self._capture(inputs)
-            least = 1e-3 * float(expected.nan_to_num().std())
-            same = torch.allclose(_replayed(found, tensors), expected, rtol=1e-3, atol=least, equal_nan=True)
-        except torch.cuda.OutOfMemoryError:
+            least = 1e-3 * float(made.nan_to_num().std())
+            same = torch.allclose(_replayed(found, inputs), made, rtol=1e-3, atol=least, equal_nan=True)
+        except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            warnings.warn(f"the network runs without a CUDA graph, which could not be captured: {error}", stacklevel=2)
-            return None
+            same, why = False, f"it could not be captured: {error}"
+        else:
+            why = "the graph's output was not the network's"
+            self._made.append(found.graph)  # kept also if it is not used: others share its memory
+            if same:
+                self._known[key] = found
         if not same:
-            warnings.warn(
-                "the network runs without a CUDA graph, whose output was not that of the network", stacklevel=2
-            )
-        return found if same else None
+            Graphs.refused = True
+            warnings.warn(f"the network runs without CUDA graphs: {why}", stacklevel=3)
 
     def _capture(self, inputs: tuple[Tensor | None, ...]) -> _Captured:
-        kept = tuple(None if part is None else part.clone() for part in inputs)
+        # Not the values that the first replay is checked with.
+        kept = tuple(None if part is None else torch.zeros_like(part) for part in inputs)
+        device = next(part.device for part in inputs if part is not None)
         dtype, reduced = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
-        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside = _capture_stream(device)
         # Weights that autocast has converted before are not part of the graph, hence no cache.
-        with torch.autocast("cuda", dtype=dtype, enabled=reduced, cache_enabled=False):
+        with torch.cuda.device(device), torch.autocast("cuda", dtype=dtype, enabled=reduced, cache_enabled=False):
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 self._run(*kept)
+                # Other threads copy meanwhile, on other streams.
+                with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
+                    output = self._run(*kept)
             torch.cuda.current_stream().wait_stream(aside)
-            # Other threads copy meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output = self._run(*kept)
-        self._pool = graph.pool()
         return _Captured(graph, tuple(part for part in kept if part is not None), output)
 
 
-def _replayed(found: _Captured, tensors: tuple[Tensor, ...]) -> Tensor:
+@cache
+def _capture_stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _replayed(found: _Captured, inputs: tuple[Tensor | None, ...]) -> Tensor:
+    tensors = (part for part in inputs if part is not None)
     for kept, new in zip(found.inputs, tensors, strict=True):
         kept.copy_(new)
     found.graph.replay()
