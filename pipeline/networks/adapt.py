@@ -30,7 +30,8 @@ CHECKS, PATIENCE, APART = 6, 2, 300
 MEMORY, MEMORY_SHARE = 150, 1 / 10
 SURE = 2.0
 # The last part of the steps, in which a network is trained on its own estimates. With fewer than MANY steps that is not
-# worth it, for making these takes as long as a hundred; nor do so few learn anything by heart.
+# worth it, for making these takes as long as a hundred; nor is leaving out neighbours, lest noise be learnt by heart:
+# that begins after some 700 of them on the darkest movies, and sooner or later a look ends it.
 LAST_SHARE, MANY = 1 / 3, 900
 SYMMETRIES = 8  # of the square, over which these are averaged
 # Frames on which it is learnt how far parts of them move.
